@@ -14,9 +14,7 @@ try:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 except ImportError:
-    sys.exit(
-        "rlhf_kernels needs torch to build: install torch>=2.11 first, then `pip install --no-build-isolation .`"
-    )
+    sys.exit("rlhf_kernels needs torch to build: install torch>=2.11 first, then `pip install --no-build-isolation .`")
 import pybind11
 
 ROOT = Path(__file__).parent
@@ -60,9 +58,7 @@ def ops_extension() -> Extension:
             extra_compile_args={"cxx": [*host_flags, "-DRLHF_KERNELS_CUDA"], "nvcc": nvcc_flags},
             py_limited_api=True,
         )
-    print(
-        "rlhf_kernels: building the CPU kernels only (no CUDA sources, nvcc or CUDA build of torch at hand)"
-    )
+    print("rlhf_kernels: building the CPU kernels only (no CUDA sources, nvcc or CUDA build of torch at hand)")
     return CppExtension(
         "rlhf_kernels._C",
         files,

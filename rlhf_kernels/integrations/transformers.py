@@ -42,9 +42,7 @@ class SlicedRows:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         self.arena.write(layer, self.slots, k, v)
-        return sliced_attention(
-            q, self.arena, layer, self.slice_table, self.context_lens, self.cu_q, **options
-        )
+        return sliced_attention(q, self.arena, layer, self.slice_table, self.context_lens, self.cu_q, **options)
 
 
 def packed_attention(
@@ -62,9 +60,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query [1, heads, tokens, d], key and value [1, kv heads, tokens, d]."""
     if packed is None:
-        raise ValueError(
-            "packed: this model's attention runs on packed rows only; pass packed=PackedRows(...)"
-        )
+        raise ValueError("packed: this model's attention runs on packed rows only; pass packed=PackedRows(...)")
     if kwargs.get("s_aux") is not None:
         raise ValueError("s_aux: attention sinks are not supported")
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
