@@ -15,7 +15,12 @@ STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
   // attention
 
   // advantage
-  m.def("gae_rows(Tensor rewards, Tensor values, Tensor starts, Tensor last_value, float gamma, float lam) -> Tensor");
+  m.def(
+      "gae_rows(Tensor rewards, Tensor values, Tensor? mask, Tensor starts, Tensor last_value, float gamma, float lam) "
+      "-> Tensor");
+  m.def(
+      "gae_rows_backward(Tensor grad, Tensor? mask, Tensor starts, float gamma, float lam) -> (Tensor, Tensor, "
+      "Tensor)");
 }
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
