@@ -180,7 +180,7 @@ def test_draws_follow_the_filtered_softmax(backend: str, parameters: dict, keep:
 
 def test_draws_follow_a_large_vocabulary(backend: str) -> None:
     row = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    assert abs(chi_square(draws(row, n=10000), reference(row))) < 4
+    assert abs(chi_square(draws(row, n=5000), reference(row))) < 4
 
 
 def test_top_p_counts_equal_tokens_one_by_one(backend: str) -> None:
