@@ -1,4 +1,4 @@
-"""`gae` against values by hand and the definition, with masks, lengths and gradients; `masked_whiten` alone and in a group."""
+"""`gae` by hand and against the loop, with masks, lengths and gradients; `masked_whiten` alone and in a process group."""
 
 from pathlib import Path
 
@@ -13,7 +13,10 @@ from rlhf_kernels.ops.advantage.api import _gae, _gae_backward
 from rlhf_kernels.ops.advantage.whiten import _masked_moments
 
 NAN = float("nan")
-BACKENDS = ["naive", pytest.param("native", marks=pytest.mark.skipif(not registry.native_available(), reason="not built"))]
+BACKENDS = [
+    "naive",
+    pytest.param("native", marks=pytest.mark.skipif(not registry.native_available(), reason="not built")),
+]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -76,7 +79,13 @@ def test_masked_tokens_do_not_exist(backend: str, holes: bool) -> None:
     for i in range(b):
         valid = mask[i]
         if valid.any():
-            alone = gae(rewards[i, valid][None], values[i, valid][None], gamma=0.9, lam=0.8, last_value=last[i : i + 1])
+            alone = gae(
+                rewards[i, valid][None],
+                values[i, valid][None],
+                gamma=0.9,
+                lam=0.8,
+                last_value=last[i : i + 1],
+            )
             assert torch.equal(advantages[i, valid], alone[0][0])
             assert torch.equal(returns[i, valid], alone[1][0])
     assert not advantages[~mask].any()
@@ -158,14 +167,30 @@ FLAT = {"rewards": torch.zeros(6), "values": torch.zeros(6)}
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({**ROWS, "rewards": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "rewards must be a floating-point tensor"),
-        ({**ROWS, "values": torch.zeros(2, 4)}, ValueError, r"values must have rewards' shape \(2, 3\), got \(2, 4\)"),
+        (
+            {**ROWS, "rewards": torch.zeros(2, 3, dtype=torch.int64)},
+            TypeError,
+            "rewards must be a floating-point tensor",
+        ),
+        (
+            {**ROWS, "values": torch.zeros(2, 4)},
+            ValueError,
+            r"values must have rewards' shape \(2, 3\), got \(2, 4\)",
+        ),
         ({**ROWS, "mask": torch.zeros(2)}, TypeError, "mask must be a bool or integer tensor"),
         ({**ROWS, "mask": torch.ones(3, dtype=torch.bool)}, ValueError, "mask must have rewards' shape"),
-        ({**ROWS, "lengths": torch.tensor([3, 3])}, ValueError, "rewards must be flat where lengths is given"),
+        (
+            {**ROWS, "lengths": torch.tensor([3, 3])},
+            ValueError,
+            "rewards must be flat where lengths is given",
+        ),
         (FLAT, ValueError, r"rewards must be \[B, T\], or flat with lengths"),
         ({**FLAT, "lengths": torch.tensor([3.0, 3.0])}, TypeError, "lengths must be an integer tensor"),
-        ({**FLAT, "lengths": torch.tensor([3, 4])}, ValueError, "lengths must sum to the number of tokens, 6, got 7"),
+        (
+            {**FLAT, "lengths": torch.tensor([3, 4])},
+            ValueError,
+            "lengths must sum to the number of tokens, 6, got 7",
+        ),
         ({**FLAT, "lengths": torch.tensor([7, -1])}, ValueError, "lengths must be >= 0, got -1"),
         ({**ROWS, "gamma": 1.5}, ValueError, r"gamma must be in \[0, 1\], got 1.5"),
         ({**ROWS, "lam": "1"}, TypeError, "lam must be a number"),
