@@ -72,7 +72,16 @@ def test_the_installed_trainer_trains_the_demo_checkpoint_outside_the_checkout(i
         "sys.exit(main(sys.argv[2:]))\n"
     )
     env = {**os.environ, "PYTHONPATH": str(installed)}
-    flags = "--total-steps 1 --rollout-batch-size 4 --max-completion-length 8 --no-report --output".split()
+    flags = [
+        "--total-steps",
+        "1",
+        "--rollout-batch-size",
+        "4",
+        "--max-completion-length",
+        "8",
+        "--no-report",
+        "--output",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", code, str(installed), "hydra-ppo", *flags, "out"],
         cwd=tmp_path,
