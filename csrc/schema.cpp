@@ -1,5 +1,6 @@
 // Every native op's schema, and the Python module that carries them: importing rlhf_kernels._C registers the ops under
-// torch.ops.rlhf_kernels. The implementations live in cpu/ and cuda/, one file an op family, each with its own IMPL block.
+// torch.ops.rlhf_kernels. The implementations live in cpu/ and cuda/, one file an op family, each with its own IMPL
+// block.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -7,6 +8,9 @@ STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
   // logprob: row passes of the head
 
   // sampling
+  m.def(
+      "sample_rows(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p_cut, Tensor seed, "
+      "Tensor stream, Tensor sample_index, Tensor position, Tensor greedy) -> (Tensor, Tensor)");
 
   // attention
 
@@ -15,6 +19,7 @@ STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
 }
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
-  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static struct PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

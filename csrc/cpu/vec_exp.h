@@ -1,0 +1,26 @@
+// exp(-u) in fp32, one rounded operation after the other, so that it can be restated bit for bit elsewhere
+// (rlhf_kernels/ops/sampling/naive.py: exp_weight). Include it only where floating-point contraction is off.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+// u >= 0, inf included; 0 below exp(-87.3), where fp32 turns subnormal. Error below 1 ulp.
+__attribute__((always_inline)) inline float exp_weight(float u) {
+  constexpr float kLargest = 87.3f, kMagic = 12582912.0f;  // 1.5 * 2^23 rounds to an integer in the low mantissa bits
+  const float x = -(u < kLargest ? u : kLargest);
+  const float shifted = x * 1.44269504088896341f + kMagic;
+  const float n = shifted - kMagic;
+  float r = x - n * 0.693359375f;  // 9 bits: the product is exact
+  r = r - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const float y = ((r * r) * p + r) + 1.0f;
+  const uint32_t exponent = (std::bit_cast<uint32_t>(shifted) - std::bit_cast<uint32_t>(kMagic)) << 23;
+  const float scaled = std::bit_cast<float>(std::bit_cast<uint32_t>(y) + exponent);
+  return u > kLargest ? 0.0f : scaled;
+}
