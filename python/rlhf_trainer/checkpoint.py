@@ -75,7 +75,7 @@ def steps(output_dir: Path) -> list[int]:
 
 
 def save(output_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Writes `checkpoint-{step}` (once: the same step is the same state) and deletes all but the newest `keep` (>= 1)."""
+    """Writes `checkpoint-{step}` (once: a step is a state) and deletes all but the newest `keep`."""
     target = output_dir / f"checkpoint-{checkpoint.step}"
 
     def write(directory: Path) -> None:

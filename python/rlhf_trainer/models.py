@@ -1,4 +1,4 @@
-"""From a configuration and an algorithm's layout to a HydraModel, its trained parameters by group, and back to files."""
+"""From a configuration and a layout to a HydraModel with its trained parameters by group, and back to files."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ HEADS_FILE = "heads.safetensors"
 
 @dataclass
 class Policy:
-    """The models of a run. `trained`: every trained parameter by its name in the model; `groups`: with learning rates."""
+    """The models of a run; `trained`: the trained parameters by their names; `groups`: with learning rates."""
 
     model: HydraModel
     layout: Layout
@@ -30,7 +30,7 @@ class Policy:
     groups: dict[str, tuple[float, dict[str, nn.Parameter]]]
 
     def export(self, output_dir: Path, tokenizer: Any) -> None:
-        """The result, for other programs: PEFT adapters or whole checkpoints (the policy's at the top), heads, tokenizer."""
+        """The result for other programs: PEFT adapters or checkpoints (the policy's at the top), heads, tokenizer."""
 
         def write(directory: Path) -> None:
             if self.layout.adapters:
@@ -145,7 +145,7 @@ def _has_reward_head(path: str) -> bool:
     if not file.is_file():
         return False
     with safe_open(str(file), framework="pt") as heads:
-        return any("reward" in name for name in heads.keys())
+        return any("reward" in name for name in heads.keys())  # noqa: SIM118
 
 
 def _silence_dropout(model: nn.Module) -> None:

@@ -105,7 +105,7 @@ class Online:
         roles: tuple[str, ...] | None = None,
         estimator: str | None = None,
     ) -> torch.Tensor:
-        """Runs the models and rewards over the rollout; leaves shaped scores and baselines in it, returns raw ones [N]."""
+        """Runs models and rewards over the rollout; leaves shaped scores and baselines in it, returns raw scores."""
         roles = self.row.scored if roles is None else roles
         if self.rewards is None:
             roles = (*roles, "reward")

@@ -1,4 +1,4 @@
-"""AdamW over groups of named parameters, with fp32 masters for low-precision weights and a schedule that is a function of the step.
+"""AdamW over groups of named parameters, fp32 masters for low-precision weights, a schedule by the step alone.
 
 Each group's gradients are clipped by their own norm, so that a critic far off does not scale down the policy's step.
 """
@@ -28,7 +28,7 @@ def schedule(config: TrainConfig, update: int, total: int) -> float:
 
 
 class Optimizer:
-    """groups: name -> (learning rate, parameters by their names in the model). Biases and other vectors do not decay."""
+    """groups: name -> (learning rate, parameters by their names in the model). Vectors do not decay."""
 
     def __init__(
         self, groups: Mapping[str, tuple[float, Mapping[str, nn.Parameter]]], config: TrainConfig, total_updates: int
@@ -62,11 +62,19 @@ class Optimizer:
             parameter.grad = None
 
     def step(self) -> dict[str, float]:
-        """One clipped step at the scheduled rate; gradients are gone after it. Returns `lr` and `grad_norm`."""
+        """One clipped step at the scheduled rate; gradients are gone after it. Returns `lr` and `grad_norm`.
+
+        Raises FloatingPointError, leaving the weights as they were, for a gradient that is not finite.
+        """
         squares = 0.0
         for group in self._clipped:
             limit = self.config.max_grad_norm if self.config.max_grad_norm > 0 else math.inf
             squares += float(nn.utils.clip_grad_norm_(group, limit)) ** 2
+        if not math.isfinite(squares):
+            raise FloatingPointError(
+                f"the gradient norm is {math.sqrt(squares)} at optimiser step {self.updates + 1}; "
+                "a lower learning_rate or max_grad_norm may help"
+            )
         factor = schedule(self.config, self.updates, self.total_updates)
         for adam_group, rate in zip(self.adam.param_groups, self._rates):
             adam_group["lr"] = rate * factor

@@ -1,9 +1,9 @@
 """Rollouts: sequences end to end in flat tensors, no padding, and how they are sampled and read by the models.
 
-Per-token fields are fp32 and cover completion tokens only, in the order of the sequences; `value[t]` and `logprob[t]` belong
-to the state before token t. The 'old' logprobs of the ratio are those recomputed while scoring, in the same call as the
-reference's: they are computed as the update computes them, so the first ratio is 1 and the KL at step 0 is exactly 0, in
-bf16 too. What sampling itself captured is kept beside them as the check `sampling/logp_difference_max`.
+Per-token fields are fp32 and cover completion tokens only, in the order of the sequences; `values[t]` and `logprobs[t]`
+belong to the state before token t. The 'old' logprobs of the ratio are those recomputed while scoring, in one call with
+the reference's: they are computed as the update computes them, so the first ratio is 1 and the KL at step 0 exactly 0,
+in bf16 too. What sampling captured is kept beside them, for the check `sampling/logp_difference_max`.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,6 +29,9 @@ PER_TOKEN = (
     "advantages",
     "returns",
 )
+
+
+UNFILLED = torch.empty(0)
 
 
 @dataclass
@@ -63,15 +66,15 @@ class Rollout(Packed):
     captured: Tensor  # [T] logprobs as sampled
     scores: Tensor  # [N] after clipping and the missing-EOS penalty
     baselines: Tensor  # [N] score of the same prompt's greedy completion; zeros without one
-    logprobs: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-    values: Tensor | None = None
-    entropies: Tensor | None = None
-    divergences: Tensor | None = None  # exact KL or JS over the vocabulary, when the estimator asks for it
-    penalties: Tensor | None = None  # -kl_coef d_t
-    rewards: Tensor | None = None  # penalties, and the score at the last token
-    advantages: Tensor | None = None
-    returns: Tensor | None = None
+    logprobs: Tensor = UNFILLED
+    ref_logprobs: Tensor = UNFILLED
+    values: Tensor = UNFILLED
+    entropies: Tensor = UNFILLED
+    divergences: Tensor = UNFILLED  # exact KL or JS over the vocabulary, when the estimator asks for it
+    penalties: Tensor = UNFILLED  # -kl_coef d_t
+    rewards: Tensor = UNFILLED  # penalties, and the score at the last token
+    advantages: Tensor = UNFILLED
+    returns: Tensor = UNFILLED
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -83,7 +86,7 @@ class Rollout(Packed):
         chosen: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None:
+            if value is not UNFILLED:
                 where = index
                 if field.name == "tokens":
                     where = where_tokens
@@ -130,7 +133,7 @@ def sample(
     streams: list[int],
     device: torch.device,
 ) -> tuple[Rollout, Rollout | None]:
-    """The sampled completions, and the greedy ones (one a prompt) when `params` asks for them; scores are still zero."""
+    """The sampled completions, and with `greedy_baseline` the greedy ones (one a prompt); scores are still zero."""
     rows = generator.generate(prompts, params, role="actor", streams=streams)
     sampled = _gather(prompts, [row for row in rows if not row.greedy or not params.greedy_baseline], device)
     greedy = [row for row in rows if row.greedy] if params.greedy_baseline else []

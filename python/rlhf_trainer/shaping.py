@@ -8,12 +8,15 @@ With a = log pi - log pi_ref at the sampled token (arXiv 2309.09055, table of re
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rlhf_trainer.config import TrainConfig
-from rlhf_trainer.rollout import Rollout
+
+if TYPE_CHECKING:
+    from rlhf_trainer.rollout import Rollout
 
 EXACT = {"full_kl": "kl", "full_js": "js"}  # estimator -> the divergence that scoring is asked for
 
@@ -50,9 +53,8 @@ def shape_scores(scores: Tensor, finished: Tensor, config: TrainConfig) -> Tenso
     return scores
 
 
-def shape_rewards(rollout: Rollout, kl_coef: float, config: TrainConfig) -> None:
+def shape_rewards(rollout: "Rollout", kl_coef: float, config: TrainConfig) -> None:
     """Fills `penalties` and `rewards` from logprobs and scores; the score is added at each last real token."""
-    assert rollout.logprobs is not None and rollout.ref_logprobs is not None
     d = penalty(config.kl_estimator, rollout.logprobs, rollout.ref_logprobs, rollout.divergences)
     rollout.penalties = -kl_coef * d
     rollout.rewards = rollout.penalties.clone()

@@ -1,7 +1,8 @@
-"""PPO and its low-memory layouts: PPO, LoRA-PPO, J-Hydra-PPO and Hydra-PPO differ only in which models stand behind the roles.
+"""PPO and its low-memory layouts: PPO, LoRA-PPO, J-Hydra-PPO and Hydra-PPO differ in which models play the roles.
 
     ratio = exp(logprob - old logprob)
-    policy = mean max(-A ratio, -A clip(ratio, 1 - c, 1 + c)),  value = 1/2 mean max((v - R)^2, (clip(v, old +- c_v) - R)^2)
+    policy = mean max(-A ratio, -A clip(ratio, 1 - c, 1 + c))
+    value = 1/2 mean max((v - R)^2, (clip(v, old +- c_v) - R)^2)
     loss = policy + vf_coef value;  A, R from GAE on per-token rewards  -kl_coef d_t + [last token] score
 
 Sources: PPO arXiv 1707.06347, lm-human-preferences; Hydra-RLHF arXiv 2309.00754.
@@ -9,15 +10,15 @@ Sources: PPO arXiv 1707.06347, lm-human-preferences; Hydra-RLHF arXiv 2309.00754
 
 import torch
 
+from rlhf_kernels import gae, masked_whiten
 from rlhf_kernels.nn import HydraModel, Role
-from rlhf_kernels.ops.advantage import gae, masked_whiten
 from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss, Source
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.rollout import Rollout
 
 
 def advantages(rollout: Rollout, config: TrainConfig) -> None:
-    """GAE over each completion; a completion's last token is terminal. Rewards and advantages are whitened over all tokens."""
+    """GAE over each completion, whose last token is terminal; whitening is over all tokens of the rollout."""
     rewards = rollout.rewards
     if config.whiten_rewards:
         rewards = masked_whiten(rewards, shift_mean=False)

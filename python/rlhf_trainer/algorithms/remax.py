@@ -8,8 +8,8 @@ The paper trains every parameter beside a frozen reference copy; with `lora_r` >
 and the reference is that base with the adapter off.
 """
 
+from rlhf_kernels import gae
 from rlhf_kernels.nn import HydraModel, Role
-from rlhf_kernels.ops.advantage import gae
 from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.rollout import Rollout
