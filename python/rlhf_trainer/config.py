@@ -3,6 +3,7 @@
 Names are those that users of other trainers know. A value of None means "the algorithm's own default" (its row in
 `rlhf_trainer.algorithms` fills it); units are tokens, steps or bytes as the help texts say.
 """
+# ruff: noqa: RUF009  (option() makes a dataclass field, as field() does)
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -42,14 +43,17 @@ GROUPS = {  # a section's first field: its title in --help
 class TrainConfig:
     """A run. Build it from keywords, `from_dict` or `from_yaml`; `validate` says in one line what is wrong with it."""
 
-    # fmt: off
     algorithm: str = option("hydra-ppo", "what to run", choices=ALGORITHMS)
     model: str = option("demo", "directory in transformers' format, hub id, or demo: the embedded checkpoint")
-    reward_model: str | None = option(None, "checkpoint with a reward head, for ppo and lora-ppo; default: the model's own head")
+    reward_model: str | None = option(
+        None, "for ppo and lora-ppo: checkpoint with a reward head; default: the model's own"
+    )
     prompts: str | None = option(None, "JSONL file or `datasets` name; may be left out with the demo model only")
     eval_prompts: str | None = option(None, "held-out prompts, same format")
     prompt_column: str = option("prompt", "name of the prompt's column")
-    reward: list[str] = option([], "pkg.mod:function or the directory of a sequence classifier; several are added up; default: the reward head")
+    reward: list[str] = option(
+        [], "pkg.mod:function or a sequence classifier's path; several are added; default: the reward head"
+    )
     reward_weights: list[float] = option([], "one weight for each --reward; default: all 1")
     output_dir: str = option("output", "where metrics, checkpoints and the report go")
     resume: bool = option(False, "go on from the last checkpoint in output_dir")
@@ -82,7 +86,9 @@ class TrainConfig:
 
     # generation
     max_prompt_length: int = option(512, "tokens", least=1)
-    prompt_truncation: str = option("left", "a longer prompt is cut on the left, dropped, or an error", choices=("left", "drop", "error"))
+    prompt_truncation: str = option(
+        "left", "a longer prompt is cut on the left, dropped, or an error", choices=("left", "drop", "error")
+    )
     max_completion_length: int = option(128, "tokens", least=1)
     temperature: float = option(1.0, "of sampling and of the trained policy", above=0)
     top_k: int = option(0, "0: off", least=0)
@@ -100,7 +106,9 @@ class TrainConfig:
     kl_controller: str = option("fixed", "of kl_coef", choices=("fixed", "adaptive"))
     kl_target: float = option(6.0, "adaptive controller: nats a sequence", above=0)
     kl_horizon: float = option(10000.0, "adaptive controller: sequences", above=0)
-    kl_mode: str = option("cumulative", "remax: the divergence from here on, or this token's", choices=("cumulative", "one-step"))
+    kl_mode: str = option(
+        "cumulative", "remax: the divergence from here on, or this token's", choices=("cumulative", "one-step")
+    )
     loss: str = option("sequence", "remax: mean over sequences or over tokens", choices=("sequence", "token-mean"))
     missing_eos_penalty: float | None = option(None, "taken off the score of a completion that does not end", least=0)
     reward_clip: float | None = option(None, "scores are clipped to [-c, c]", above=0)
@@ -121,7 +129,6 @@ class TrainConfig:
     num_sample_completions: int = option(8, "completions recorded at each evaluation", least=0)
     report_to: list[str] = option([], "trackers, through accelerate", choices=TRACKERS)
     report: bool = option(True, "write report.html and plots at the end")
-    # fmt: on
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -197,7 +204,8 @@ def check_combinations(config: TrainConfig) -> None:
         raise UserError(f"reward_model: {config.algorithm} has one base; it is for ppo and lora-ppo")
     if config.algorithm in ONLINE and config.rollout_batch_size < config.num_mini_batches:
         raise UserError(
-            f"num_mini_batches: {config.num_mini_batches} cannot be cut from rollout_batch_size={config.rollout_batch_size}"
+            f"num_mini_batches: {config.num_mini_batches} cannot be cut from "
+            f"rollout_batch_size={config.rollout_batch_size}"
         )
     if Path(config.output_dir).is_file():
         raise UserError(f"output_dir: {config.output_dir!r} is a file")
@@ -229,8 +237,6 @@ def _check_path(key: str, value: str | None) -> None:
     """Existence of what is clearly a path; a name such as `org/name` may be on the hub and is left to its loader."""
     if value is None or Path(value).exists():
         return
-    looks_local = (
-        value.startswith(("/", "./", "../", "~")) or value.endswith((".jsonl", ".json")) or value.count("/") > 1
-    )
+    looks_local = value.startswith(("/", ".", "~")) or value.endswith((".jsonl", ".json")) or value.count("/") > 1
     if looks_local:
         raise UserError(f"{key}: {value!r} does not exist")

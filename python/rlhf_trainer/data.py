@@ -2,7 +2,7 @@
 
 A row's prompt is text (`prompt`) or a chat (`messages`, or a list of messages in `prompt`), rendered by the tokenizer's
 template. Prompt and completion are tokenised apart, because the policy too continues after the prompt's own tokens.
-A prompt longer than `max_prompt_length` is cut on the left, dropped or refused (`prompt_truncation`), and how many is said.
+A prompt longer than `max_prompt_length` is cut on the left, dropped or refused (`prompt_truncation`), with a warning.
 """
 
 import json
@@ -92,7 +92,7 @@ def load_prompts(config: TrainConfig, tokenizer: Any, which: str = "prompts") ->
 
 
 def load_preferences(config: TrainConfig, tokenizer: Any) -> list[Preference]:
-    """Rows with `prompt`, `chosen`, `rejected` (texts, or lists of messages). Pairs that become equal when cut are dropped."""
+    """Rows with `prompt`, `chosen`, `rejected` (texts, or lists of messages). Pairs equal once cut are dropped."""
     source = _source(config, "prompts", "preferences")
     assert source is not None
     rows = _Rows(source, config)

@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Wrong input rather than a wrong program; the command line prints it alone, without a traceback, and exits with 2."""
+    """Wrong input rather than a wrong program; the command line prints it alone, without traceback, exits with 2."""
 
 
 def one_line(message: object) -> str:

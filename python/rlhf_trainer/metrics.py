@@ -1,6 +1,6 @@
 """What a run leaves behind while it goes: `metrics.jsonl`, `samples.jsonl`, a line on the terminal, trackers.
 
-Every line is written and flushed as one object, so a killed run loses at most its last line; a resumed one cuts the lines
+Every line is written and flushed as one object: a killed run loses at most its last line; a resumed one cuts the lines
 after its checkpoint and goes on. JSON has no NaN: a value that is not finite is recorded as null.
 """
 

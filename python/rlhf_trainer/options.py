@@ -1,4 +1,4 @@
-"""Options of a dataclass: each field carries its help, choices and range, and one parser (jsonargparse) reads all sources.
+"""Options of a dataclass: each field carries its help, choices and range; one parser (jsonargparse) reads all sources.
 
 A YAML file, a list of flags and a Python constructor go through the same checks and fail with the same words.
 Nothing here imports torch, so that `--help` is quick.
@@ -13,6 +13,19 @@ from dataclasses import field, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .errors import UserError, one_line
+
+SYNONYMS = {  # other trainers' words, for the hint of an error
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "beta": "kl_coef",
+    "epochs": "num_ppo_epochs",
+    "steps": "total_steps",
+    "max_steps": "total_steps",
+    "max_new_tokens": "max_completion_length",
+    "dataset": "prompts",
+    "data": "prompts",
+    "reward_funcs": "reward",
+}
 
 
 def option(
@@ -34,9 +47,8 @@ def option(
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name a misspelt one most likely meant, or None."""
     known = list(known)
-    for candidate in known:  # "lr" is learning_rate
-        if len(name) > 1 and name == "".join(word[:1] for word in candidate.split("_")):
-            return candidate
+    if SYNONYMS.get(name) in known:
+        return SYNONYMS[name]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
         return close[0]
@@ -65,11 +77,11 @@ def describe(annotation: Any) -> str:
 
 
 def build_parser(cls: type, groups: Mapping[str, str], **kwargs: Any) -> Any:
-    """A jsonargparse parser with one flag a field of dataclass `cls`; `groups` maps a section's first field to its title."""
+    """A jsonargparse parser with one flag a field of `cls`; `groups`: a section's first field to its title."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False, **kwargs)
-    group = parser
+    group: Any = parser
     hints = get_type_hints(cls)
     for item in fields(cls):
         if item.name in groups:
@@ -79,7 +91,7 @@ def build_parser(cls: type, groups: Mapping[str, str], **kwargs: Any) -> Any:
         text = item.metadata["help"] + (f" ({' | '.join(choices)})" if choices else "")
         flag = "--" + item.name
         if get_origin(hint) is list:
-            default: Any = item.default_factory()  # type: ignore[misc]
+            default: Any = item.default_factory()  # type: ignore[misc,operator]
             group.add_argument(flag, type=get_args(hint)[0], nargs="*", default=default, help=text)
         elif hint is bool:
             group.add_argument(flag, type=bool, nargs="?", const=True, default=item.default, help=text)
@@ -91,7 +103,7 @@ def build_parser(cls: type, groups: Mapping[str, str], **kwargs: Any) -> Any:
 def typed(cls: type, parser: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with the types of `cls`'s fields; UserError for an unknown key or a value of another type.
 
-    Text that spells a number is taken as that number (YAML reads `1e-5` as text); a lone value may stand for a list of one.
+    Text that spells a number is taken as that number (YAML reads `1e-5` so); a lone value stands for a list of one.
     """
     hints = get_type_hints(cls)
     result: dict[str, Any] = {}
@@ -144,20 +156,20 @@ def parse_flags(cls: type, parser: Any, argv: Sequence[str], aliases: Mapping[st
 
 def _flag_error(message: str, argv: Sequence[str], hints: Mapping[str, Any]) -> UserError:
     named = re.search(r"key \"(\w+)\"|argument --(\w+)|--(\w+)", message)
-    key = next((g for g in named.groups() if g), None) if named else None
+    key = next((g for g in named.groups() if g), "") if named else ""
     if key not in hints:
         if stray := re.search(r"unrecognized arguments: (.*)", message, re.IGNORECASE):
             return UserError(f"unexpected argument {stray[1]!r}: every option is --name value")
         return UserError(message)
     flag = "--" + key.replace("_", "-")
-    got = [
-        w.partition("=")[2] if "=" in w else (argv[i + 1 : i + 2] or [""])[0]
-        for i, w in enumerate(argv)
-        if w.partition("=")[0] == "--" + key
-    ]
-    if not got or got[-1] == "" or got[-1].startswith("--"):
+    got = ""
+    for word, following in zip(argv, [*argv[1:], ""]):
+        name, equals, value = word.partition("=")
+        if name == "--" + key:
+            got = value if equals else following
+    if got == "" or got.startswith("--"):
         return UserError(f"{flag}: expected {describe(hints[key])}, got nothing")
-    return UserError(f"{flag}: expected {describe(hints[key])}, got {got[-1]!r}")
+    return UserError(f"{flag}: expected {describe(hints[key])}, got {got!r}")
 
 
 def check_ranges(instance: Any) -> None:

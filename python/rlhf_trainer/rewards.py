@@ -1,6 +1,6 @@
 """What says that a completion is good: Python functions, sequence classifiers, or a weighted sum of several.
 
-A reward is called as `f(prompts, completions, **columns) -> list[float]`, where `columns` are the prompts' other columns.
+A reward is called as `f(prompts, completions, **columns) -> list[float]`, `columns` being the prompts' other columns.
 Whatever does not come back as one finite number a completion stops the run with the prompt that did it.
 """
 
@@ -26,7 +26,7 @@ class RewardError(UserError):
 
 
 class RewardSum:
-    """`sum_i weight_i * reward_i(prompts, completions, **columns)`; `last` keeps each reward's mean over the last call."""
+    """`sum_i weight_i * reward_i(prompts, completions, **columns)`; `last`: each reward's mean over the last call."""
 
     def __init__(self, rewards: dict[str, RewardFunction], weights: Sequence[float]) -> None:
         self.rewards, self.weights = rewards, list(weights)
