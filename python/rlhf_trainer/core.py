@@ -135,7 +135,6 @@ def _phase(config: TrainConfig, row: Algorithm, tokenizer: Any) -> tuple[Online 
         rewards,
         lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
     )
-    phase.check_budget()
     return phase, policy
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from rlhf_kernels.nn import HydraModel, LoraSpec
@@ -36,12 +37,14 @@ class Policy:
             if self.layout.adapters:
                 self.model.save_pretrained(str(directory))
             for role, spec in self.layout.roles.items():
-                if spec.base in self.layout.trained_bases and spec.adapter is None:
-                    place = directory if spec.base == "base" else directory / spec.base
-                    if not (place / "config.json").exists():
-                        self.model.base_model(role).save_pretrained(str(place))
-            if not self.layout.adapters:
-                self.model.save_heads(str(directory))
+                if spec.base not in self.layout.trained_bases:
+                    continue
+                place = directory if spec.base == "base" else directory / spec.base
+                if not (place / "config.json").exists():
+                    self.model.base_model(role).save_pretrained(str(place))
+                if spec.head != "lm" and f"heads.{spec.head_key}.weight" in self.trained:
+                    head = self.trained[f"heads.{spec.head_key}.weight"].detach().cpu()
+                    save_file({f"{spec.head}.weight": head}, place / HEADS_FILE, metadata={"format": "pt"})
             tokenizer.save_pretrained(str(directory))
 
         staging = output_dir / "final"
@@ -76,6 +79,7 @@ def build(config: TrainConfig, row: Algorithm) -> Policy:
     layout = row.layout(config)
     sources = {"model": config.model, "reward_model": config.reward_model or config.model}
     _check_reward_head(config, layout, sources)
+    _check_rank(config, layout)
     targets: Any = config.lora_target_modules
     if targets != "all-linear":
         targets = [name.strip() for name in targets.split(",")]
@@ -122,9 +126,10 @@ def _groups(model: HydraModel, row: Algorithm, config: TrainConfig) -> dict[str,
 
 def _start_critic(model: HydraModel, source: str, trained_head: bool) -> None:
     """The critic's head is a trainable copy of the reward head; without a reward head values start at zero."""
-    critic, reward = (model.trainable_parameters(role)[-1] for role in ("critic", source))
-    with torch.no_grad():
-        critic.copy_(reward) if trained_head else critic.zero_()
+    if trained_head:
+        model.copy_head(source, "critic")
+    else:
+        nn.init.zeros_(model.heads[model.roles["critic"].head_key].weight)
 
 
 def _check_reward_head(config: TrainConfig, layout: Layout, sources: dict[str, str]) -> None:
@@ -140,12 +145,18 @@ def _check_reward_head(config: TrainConfig, layout: Layout, sources: dict[str, s
         )
 
 
+def _check_rank(config: TrainConfig, layout: Layout) -> None:
+    if bool(config.lora_r) != bool(layout.adapters):
+        right = "at least 1: it trains adapters" if layout.adapters else "0: it trains whole models"
+        raise UserError(f"lora_r: is {config.lora_r}; {config.algorithm} needs {right}")
+
+
 def _has_reward_head(path: str) -> bool:
     file = Path(path) / HEADS_FILE
     if not file.is_file():
         return False
     with safe_open(str(file), framework="pt") as heads:
-        return any("reward" in name for name in heads.keys())  # noqa: SIM118
+        return "reward.weight" in heads.keys()  # noqa: SIM118
 
 
 def _silence_dropout(model: nn.Module) -> None:

@@ -65,7 +65,7 @@ class Online:
             "timing/generate": generated - started,
             "timing/score": scored - generated,
             "timing/update": time.perf_counter() - scored,
-            "timing/tokens_per_second": float(stats.tokens_per_second),
+            "sampling/tokens_per_second": float(stats.tokens_per_second),
             "memory/kv_peak": float(stats.peak_kv_bytes),
         }
 
@@ -188,7 +188,7 @@ class Online:
     def _sample_rows(self, rollout: Rollout, raw: torch.Tensor, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
         shown = rollout.select(torch.arange(min(self.config.num_sample_completions, len(rollout)), device=raw.device))
         return [
-            {"prompt": prompts[i].text, "completion": text, "score": score, "length": length}
+            {"prompt": prompts[i].text, "completion": text, "reward": score, "length": length}
             for i, text, score, length in zip(
                 shown.prompt_index.tolist(),
                 completions(shown, self.decode),

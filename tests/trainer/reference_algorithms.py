@@ -1,5 +1,5 @@
-"""Every algorithm's update once more, in plain PyTorch: padded rows, attention masks, transformers' own forward, adapters
-merged by hand. It shares no code with the trainer, and is written to be checked against the papers by eye."""
+"""Every algorithm's update once more, in plain PyTorch: padded rows, attention masks, transformers' own forward,
+adapters merged by hand. It shares no code with the trainer, and is written to be checked against the papers by eye."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 @dataclass
 class Net:
-    """A decoder's weights, an optional adapter {module: (A, B)} and an optional head [1, hidden]; `skeleton` only computes."""
+    """A decoder's weights, an optional adapter {module: (A, B)} and an optional head [1, hidden]."""
 
     skeleton: torch.nn.Module
     weights: dict[str, Tensor]
@@ -107,7 +107,7 @@ def shaped(score: Tensor, finished: Tensor, config: Any) -> Tensor:
 
 
 def ppo(nets: dict[str, Net], sequences: list, finished: Tensor, config: Any, joint: bool = False) -> list[float]:
-    """nets: actor, critic, reference, reward. Changes the actor's and critic's tensors; returns the losses of the updates."""
+    """nets: actor, critic, reference, reward. Steps the actor's and critic's tensors; returns each loss."""
     actor, critic = nets["actor"], nets["critic"]
     rows = pad(sequences)
     with torch.no_grad():
@@ -142,12 +142,14 @@ def ppo(nets: dict[str, Net], sequences: list, finished: Tensor, config: Any, jo
         near = torch.clip(value, old_values - config.cliprange_value, old_values + config.cliprange_value)
         square = torch.max((value - returns) ** 2, (near - returns) ** 2)
         loss = -surrogate[rows.answer].mean() + config.vf_coef * 0.5 * square[rows.answer].mean()
-        losses.append(float(loss))
+        losses.append(loss.item())
         descend(loss, groups, adam, config)
     return losses
 
 
-def remax(nets: dict[str, Net], sampled: list, greedy: list, finished: tuple[Tensor, Tensor], config: Any) -> list[float]:
+def remax(
+    nets: dict[str, Net], sampled: list, greedy: list, finished: tuple[Tensor, Tensor], config: Any
+) -> list[float]:
     """sampled[i] and greedy[i] answer the same prompt; finished: of the sampled and of the greedy ones."""
     actor, rows = nets["actor"], pad(sampled)
     with torch.no_grad():
@@ -163,32 +165,23 @@ def remax(nets: dict[str, Net], sampled: list, greedy: list, finished: tuple[Ten
     weighted = (advantage * logprobs(actor, rows, config.temperature)).sum()
     loss = -weighted / (len(sampled) if config.loss == "sequence" else rows.answer.sum())
     descend(loss, groups, adam, config)
-    return [float(loss)]
+    return [loss.item()]
 
 
 def supervised(nets: dict[str, Net], batch: list, config: Any) -> list[float]:
-    """sft (actor only), reward (reward only) and hydra-sft (both): batch rows have prompt, chosen and rejected tokens."""
+    """sft (actor only), reward (reward only) and hydra-sft (both): rows have prompt, chosen, rejected."""
     chosen = pad([(row.prompt, row.chosen) for row in batch])
     rejected = pad([(row.prompt, row.rejected) for row in batch])
-    loss, leaves = torch.zeros(()), []
-    if "actor" in nets:
-        loss = loss - logprobs(nets["actor"], chosen)[chosen.answer].mean()
-        leaves += nets["actor"].leaves()
-    if "reward" in nets:
-        margin = rewards(nets["reward"], chosen) - rewards(nets["reward"], rejected)
-        weight = config.reward_loss_coef if "actor" in nets else 1.0
-        loss = loss + weight * torch.log1p(torch.exp(-margin)).mean()
-        leaves += [nets["reward"].head] if "actor" in nets else nets["reward"].leaves(with_head=True)
-    groups = grouped(nets, leaves, config)
+    actor, reward = nets.get("actor"), nets.get("reward")
+    groups = [(actor.leaves(), config.learning_rate)] if actor else []
+    if reward:
+        groups.append(([reward.head] if actor else reward.leaves(with_head=True), config.learning_rate))
     adam = optimise(groups, config)
+    loss = torch.zeros(())
+    if actor:
+        loss = loss - logprobs(actor, chosen)[chosen.answer].mean()
+    if reward:
+        margin = rewards(reward, chosen) - rewards(reward, rejected)
+        loss = loss + (config.reward_loss_coef if actor else 1.0) * torch.log1p(torch.exp(-margin)).mean()
     descend(loss, groups, adam, config)
-    return [float(loss)]
-
-
-def grouped(nets: dict[str, Net], leaves: list[Tensor], config: Any) -> list[tuple[list[Tensor], float]]:
-    """hydra-sft clips the head apart from the base, as each role's parameters are."""
-    if len(nets) == 2:
-        return [(leaves[:-1], config.learning_rate), (leaves[-1:], config.learning_rate)]
-    return [(leaves, config.learning_rate)]
-
-
+    return [loss.item()]

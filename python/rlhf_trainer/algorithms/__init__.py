@@ -25,7 +25,7 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
     """
     row = find(config.algorithm)
     values = {name: value for name, value in row.defaults.items() if getattr(config, name) is None}
-    if config.lora_r is not None and config.lora_alpha is None:
+    if config.lora_r and config.lora_alpha is None:
         values["lora_alpha"] = float(config.lora_r)
     filled = replace(config, **values)
     if filled.critic_learning_rate is None:

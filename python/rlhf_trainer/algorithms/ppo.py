@@ -137,7 +137,7 @@ def _row(name: str, summary: str, layout, defaults) -> Algorithm:
 
 
 ROWS = (
-    _row("ppo", "four full models, actor and critic trained", _full, _DEFAULTS | {"lora_r": 0, "lora_alpha": 0.0}),
+    _row("ppo", "four full models, actor and critic trained", _full, _DEFAULTS | {"lora_r": 0, "lora_alpha": 32.0}),
     _row("lora-ppo", "four frozen bases, adapters on actor and critic", _lora, _DEFAULTS | _RANK),
     _row("j-hydra-ppo", "one base, one adapter for actor and critic", _joint, _DEFAULTS | _RANK),
     _row("hydra-ppo", "one base, an adapter each for actor and critic", _hydra, _DEFAULTS | _RANK),
