@@ -1,9 +1,11 @@
 """Causal attention over packed rows (training, scoring) and over the KV arena (generation).
 
-Query head h reads key/value head h // (heads // kv_heads). A query at position i sees the keys j with i - window < j <= i.
+Query head h reads key/value head h // (heads // kv_heads). A query at position i sees the keys at j with
+i - window < j <= i.
 """
 
 import os
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,7 +86,7 @@ def sliced_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention of sequences' newest tokens to everything of theirs in the arena, their own keys included. No gradients.
+    """Attention of sequences' newest tokens to all of their tokens in the arena, themselves included. No gradients.
 
     Query j of sequence b stands at position context_lens[b] - (cu_q[b + 1] - cu_q[b]) + j: decode steps bring one query
     a sequence, prefill pieces several, and both may share a call.
@@ -178,7 +180,7 @@ def _values_checked(x: Tensor) -> bool:
 
 def _check_borders(name: str, borders: Tensor, tokens: int) -> None:
     places = borders.tolist()
-    if places[0] != 0 or places[-1] != tokens or any(a > b for a, b in zip(places, places[1:], strict=False)):
+    if places[0] != 0 or places[-1] != tokens or any(a > b for a, b in pairwise(places)):
         shown = places if len(places) <= 8 else [*places[:4], "...", *places[-3:]]
         raise ValueError(f"{name} is {shown}; it must rise from 0 to the number of tokens, {tokens}")
 
@@ -217,15 +219,14 @@ def _varlen_grad(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Recomputes the forward: one sequence's scores are what it costs, not all of them."""
-    gradients = tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     borders = cu_seqlens.tolist()
-    for a, b in zip(borders, borders[1:], strict=False):
-        parts = [x[a:b].detach().requires_grad_() for x in (q, k, v)]
+    for a, b in pairwise(borders):
+        qs, ks, vs = (x[a:b].detach().requires_grad_() for x in (q, k, v))
         with torch.enable_grad():
-            out = naive.attend(*parts, scale, window or None, softcap or None)
-        for whole, part in zip(gradients, torch.autograd.grad(out, parts, grad[a:b]), strict=True):
-            whole[a:b] = part
-    return gradients
+            out = naive.attend(qs, ks, vs, scale, window or None, softcap or None)
+        dq[a:b], dk[a:b], dv[a:b] = torch.autograd.grad(out, (qs, ks, vs), grad[a:b])
+    return dq, dk, dv
 
 
 @_varlen_grad.register_fake

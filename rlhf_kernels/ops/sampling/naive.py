@@ -17,14 +17,7 @@ LARGEST_U = 87.3  # below exp(-87.3) fp32 is subnormal: the weight is 0
 ROUNDING_MAGIC = 12582912.0  # 1.5 * 2^23: adding it rounds an fp32 to an integer held in the low mantissa bits
 LOG2_E = 1.44269504088896341
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # LN2_HIGH has 9 bits, so n * LN2_HIGH is exact
-EXP_COEFFICIENTS = (
-    1.9875691500e-4,
-    1.3981999507e-3,
-    8.3334519073e-3,
-    4.1665795894e-2,
-    1.6666665459e-1,
-    5.0000001201e-1,
-)
+EXP_COEFFICIENTS = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 
 
 def exp_weight(u: Tensor) -> Tensor:
