@@ -25,7 +25,12 @@ STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
   m.def("arena_write(Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor k, Tensor v) -> ()");
 
   // advantage
-  m.def("gae_rows(Tensor rewards, Tensor values, Tensor starts, Tensor last_value, float gamma, float lam) -> Tensor");
+  m.def(
+      "gae_rows(Tensor rewards, Tensor values, Tensor? mask, Tensor starts, Tensor last_value, float gamma, float lam) "
+      "-> Tensor");
+  m.def(
+      "gae_rows_backward(Tensor grad, Tensor? mask, Tensor starts, float gamma, float lam) -> (Tensor, Tensor, "
+      "Tensor)");
 }
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
