@@ -134,6 +134,7 @@ def _phase(config: TrainConfig, row: Algorithm, tokenizer: Any) -> tuple[Online 
         eval_prompts,
         rewards,
         lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
+        () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,),
     )
     return phase, policy
 

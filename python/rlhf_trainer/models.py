@@ -97,11 +97,10 @@ def build(config: TrainConfig, row: Algorithm) -> Policy:
             device=config.device,
         ),
     )
-    _silence_dropout(model)
     if layout.head_start is not None:
         _start_critic(model, layout.head_start, _has_reward_head(resolve(sources[layout.head_source])))
     if config.gradient_checkpointing:
-        _checkpoint_gradients(model, row)
+        model.gradient_checkpointing_enable()
     groups = _groups(model, row, config)
     trained = {name: parameter for _, members in groups.values() for name, parameter in members.items()}
     kept = {id(parameter) for parameter in trained.values()}
@@ -157,24 +156,6 @@ def _has_reward_head(path: str) -> bool:
         return False
     with safe_open(str(file), framework="pt") as heads:
         return "reward.weight" in heads.keys()  # noqa: SIM118
-
-
-def _silence_dropout(model: nn.Module) -> None:
-    """Dropout is off in every pass, training included: the ratio compares equal computations."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    model.eval()
-
-
-def _checkpoint_gradients(model: HydraModel, row: Algorithm) -> None:
-    """transformers recomputes activations only in training mode, which without dropout computes the same."""
-    for role in row.trained:
-        base = model.base_model(role)
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        base.train()
 
 
 def _loading(name: str, value: str, load: Callable[[], Any]) -> Any:

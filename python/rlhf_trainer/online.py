@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from rlhf_kernels.generation import SlicedGenerator
+from rlhf_kernels.generation import KVBudgetError, SlicedGenerator
 from rlhf_kernels.nn import HydraModel
 from rlhf_trainer.algorithms import Algorithm, Counts
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.data import BatchOrder, Prompt
+from rlhf_trainer.errors import UserError, one_line
 from rlhf_trainer.optim import Optimizer
 from rlhf_trainer.rewards import RewardSum
 from rlhf_trainer.rollout import Rollout, completions, read, sample, sampling_params
@@ -32,6 +33,7 @@ class Online:
     eval_prompts: list[Prompt]
     rewards: RewardSum | None  # None: the model's reward head
     decode: Callable[[list[int]], str]
+    end_tokens: tuple[int, ...] = ()  # besides the model's own end-of-sequence tokens
     samples: list[dict[str, Any]] = field(default_factory=list)  # the last rollout's first completions
 
     def __post_init__(self) -> None:
@@ -41,13 +43,24 @@ class Online:
         )
         self.order = BatchOrder(len(self.prompts), config.rollout_batch_size, config.seed)
         self.kl = KLController(config)
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        """Finds a KV budget, a length or a token that cannot work before the run writes anything."""
+        longest = max((*self.prompts, *self.eval_prompts), key=lambda prompt: len(prompt.tokens))
+        params = sampling_params(self.config, self.end_tokens, greedy_baseline=self.row.greedy_baseline)
+        try:
+            self.generator.stream([longest.tokens], params, role="actor").close()  # checks now, generates nothing
+        except ValueError as error:
+            name = "kv_memory" if isinstance(error, KVBudgetError) else "prompts"
+            raise UserError(f"{name}: {one_line(error)}") from error
 
     def step(self, step: int) -> dict[str, float]:
         """Step number `step` (from 0); returns its metrics. Raises RewardError before anything is updated."""
         config, started = self.config, time.perf_counter()
         prompts = [self.prompts[i] for i in self.order.at(step)]
         streams = [step * config.rollout_batch_size + i for i in range(len(prompts))]
-        params = sampling_params(config, self.row.greedy_baseline)
+        params = sampling_params(config, self.end_tokens, greedy_baseline=self.row.greedy_baseline)
         rollout, greedy = sample(self.generator, [p.tokens for p in prompts], params, streams, self.model.device)
         self.generator.sleep()
         generated = time.perf_counter()
@@ -74,7 +87,7 @@ class Online:
         if not self.eval_prompts:
             return {}
         seed = self.config.seed + EVAL_SEED
-        params = sampling_params(self.config, False, n=1, seed=seed)
+        params = sampling_params(self.config, self.end_tokens, n=1, seed=seed)
         streams = list(range(len(self.eval_prompts)))
         tokens = [p.tokens for p in self.eval_prompts]
         rollout, _ = sample(self.generator, tokens, params, streams, self.model.device)

@@ -110,8 +110,8 @@ def _ranges(lengths: Tensor, index: Tensor) -> Tensor:
     return torch.arange(int(chosen.sum()), device=lengths.device) + shifts.repeat_interleave(chosen)
 
 
-def sampling_params(config: TrainConfig, greedy_baseline: bool, **changes: Any) -> SamplingParams:
-    """What the configuration says about sampling."""
+def sampling_params(config: TrainConfig, end_tokens: Sequence[int] = (), **changes: Any) -> SamplingParams:
+    """What the configuration says about sampling; `end_tokens` end a completion too."""
     settings: dict[str, Any] = {
         "max_new_tokens": config.max_completion_length,
         "temperature": config.temperature,
@@ -119,8 +119,7 @@ def sampling_params(config: TrainConfig, greedy_baseline: bool, **changes: Any) 
         "top_p": config.top_p,
         "min_p": config.min_p,
         "n": config.num_generations,
-        "greedy_baseline": greedy_baseline,
-        "stop_token_ids": tuple(config.stop_token_ids),
+        "stop_token_ids": tuple(dict.fromkeys((*config.stop_token_ids, *end_tokens))),
         "seed": config.seed,
     }
     return SamplingParams(**(settings | changes))

@@ -75,7 +75,7 @@ def rewards(net: Net, rows: Padded) -> Tensor:
 
 def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     chosen = x[mask]
-    out = (x - chosen.mean()) / torch.sqrt(chosen.var(correction=1) + 1e-8)
+    out = (x - chosen.mean()) / torch.sqrt(chosen.var(correction=0) + 1e-8)
     return (out if shift_mean else out + chosen.mean()) * mask
 
 

@@ -138,7 +138,7 @@ def test_a_remax_update_equals_the_reference(files, tmp_path, mode, loss, rank):
     sampled, greedy = pairs[0]
     finished = sampled.finished, greedy.finished
     losses = reference.remax(before, run.sequences(sampled), run.sequences(greedy), finished, run.config)
-    assert metrics["loss/policy_avg"] == pytest.approx(losses[0], abs=1e-5)
+    assert metrics["loss/policy_avg"] == pytest.approx(losses[0], abs=1e-5, rel=1e-5)
     assert_same(run.nets(tmp_path / "after"), before)
 
 
@@ -153,7 +153,7 @@ def test_a_supervised_update_equals_the_reference(files, tmp_path, algorithm):
     if algorithm == "hydra-sft":
         before["reward"].weights = before["actor"].weights
     losses = reference.supervised(before, batch, run.config)
-    assert metrics["loss"] == pytest.approx(losses[0], abs=1e-5)
+    assert metrics["loss"] == pytest.approx(losses[0], abs=1e-5, rel=1e-5)
     assert_same(run.nets(tmp_path / "after"), before)
 
 
@@ -182,7 +182,7 @@ def test_rollout_and_first_update_pass_agree_and_the_first_kl_is_exactly_zero(fi
     metrics = phase.step(0)
     assert metrics["objective/kl"] == 0.0
     rows = transformers_model(config.model)(input_ids=torch.arange(40)[None]).logits
-    assert metrics["sampling/logp_difference_max"] <= max(1e-5, 4e-6 * float(rows.std()))
+    assert metrics["sampling/logp_difference_max"] <= max(1e-5, 4e-6 * rows.std().item())
     assert metrics["grad_norm"] > 0
 
 
