@@ -62,7 +62,7 @@ class TrainConfig:
     device: str = option("cpu", "cpu, cuda or cuda:N")
 
     # adapters
-    lora_r: int | None = option(None, "rank", least=1)
+    lora_r: int | None = option(None, "rank; 0: no adapters, sft, reward and remax train the whole base", least=0)
     lora_alpha: float | None = option(None, "scaling is alpha / r", above=0)
     lora_target_modules: str = option("all-linear", "all-linear (of the decoder layers) or names separated by commas")
 
