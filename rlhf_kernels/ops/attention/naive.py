@@ -4,6 +4,8 @@ Query at position i sees the keys at j with i - window < j <= i:  out_i = sum_j 
 z = scale q.k, or softcap tanh(scale q.k / softcap). Query head h reads key/value head h // (heads // kv_heads).
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -11,9 +13,9 @@ from torch import Tensor
 def attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None, softcap: float | None = None
 ) -> Tensor:
-    """One sequence: q [n, H, d] are the last n of the m positions of k [m, KV, d] and v [m, KV, dv]. Returns [n, H, dv].
+    """One sequence: q [n, H, d] are the last n of the m positions of k [m, KV, d] and v [m, KV, dv].
 
-    Scores and probabilities are at least fp32; the result has q's dtype.
+    Returns [n, H, dv]. Scores and probabilities are at least fp32; the result has q's dtype.
     """
     group = q.shape[1] // k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -41,7 +43,7 @@ def varlen_attention(
 ) -> Tensor:
     """Causal self-attention of whole sequences lying end to end: q [T, H, d], k [T, KV, d], v [T, KV, dv]."""
     borders = cu_seqlens.tolist()
-    rows = [attend(q[a:b], k[a:b], v[a:b], scale, window, softcap) for a, b in zip(borders, borders[1:])]
+    rows = [attend(q[a:b], k[a:b], v[a:b], scale, window, softcap) for a, b in pairwise(borders)]
     return torch.cat([*rows, q.new_empty(0, q.shape[1], v.shape[2])])
 
 
@@ -56,7 +58,7 @@ def sliced_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """The same for each sequence's last tokens, q [T, H, d], whose keys lie in slices [num_slices, KV, slice_tokens, d]."""
+    """The same for each sequence's last tokens, q [T, H, d]; keys lie in slices [num_slices, KV, slice_tokens, d]."""
     slice_tokens = keys.shape[2]
     rows, borders = [], cu_q.tolist()
     for table, length, a, b in zip(slice_table, context_lens.tolist(), borders, borders[1:]):
