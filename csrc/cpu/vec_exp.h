@@ -5,8 +5,8 @@
 #include <bit>
 #include <cstdint>
 
-// u >= 0, inf included; 0 below exp(-87.3), where fp32 turns subnormal. Relative error below 1e-7. The select is on integers
-// (u >= 0 orders as its bits do): on floats the compiler keeps a branch and does not vectorise.
+// u >= 0, inf included; 0 below exp(-87.3), where fp32 turns subnormal. Relative error below 1e-7. The select is on
+// integers (u >= 0 orders as its bits do): on floats the compiler keeps a branch and does not vectorise.
 __attribute__((always_inline)) inline float exp_weight(float u) {
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it leaves a rounded integer in the low mantissa bits
   constexpr uint32_t kLargest = std::bit_cast<uint32_t>(87.3f);

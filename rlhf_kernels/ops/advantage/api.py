@@ -95,7 +95,12 @@ def _starts(rewards: Tensor, lengths: Tensor | None) -> Tensor:
         return torch.arange(rewards.shape[0] + 1, device=rewards.device) * rewards.shape[1]
     if rewards.dim() != 1:
         raise ValueError(f"rewards must be flat where lengths is given, got shape {tuple(rewards.shape)}")
-    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.uint8,
+    ):
         raise TypeError(f"lengths must be an integer tensor, got {_kind(lengths)}")
     if lengths.dim() != 1 or lengths.device != rewards.device:
         got = f"shape {tuple(lengths.shape)} on {lengths.device}"
@@ -115,7 +120,13 @@ def _check_starts(starts: Tensor, size: int) -> None:
 
 @torch.library.custom_op("rlhf_kernels::gae", mutates_args=())
 def _gae(
-    rewards: Tensor, values: Tensor, mask: Tensor | None, starts: Tensor, last_value: Tensor, gamma: float, lam: float
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    starts: Tensor,
+    last_value: Tensor,
+    gamma: float,
+    lam: float,
 ) -> Tensor:
     if rewards.device.type == "cpu" or os.environ.get("RLHF_KERNELS_CHECK") == "1":
         _check_starts(starts, rewards.numel())

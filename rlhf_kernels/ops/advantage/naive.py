@@ -5,12 +5,20 @@
 V after the last token is last_value, A after it 0. Masked tokens do not exist: t counts the valid ones.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor | None, starts: Tensor, last_value: Tensor, gamma: float, lam: float
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    starts: Tensor,
+    last_value: Tensor,
+    gamma: float,
+    lam: float,
 ) -> Tensor:
     """Advantages [N] of flat rewards and values [N]; sequence b is starts[b] .. starts[b + 1]; last_value [B]."""
     advantages = torch.zeros_like(rewards)
@@ -44,4 +52,4 @@ def gae_backward(
 def _valid_places(mask: Tensor | None, starts: Tensor) -> list[list[int]]:
     ends = starts.tolist()
     keep = None if mask is None else mask.tolist()
-    return [[t for t in range(a, b) if keep is None or keep[t]] for a, b in zip(ends[:-1], ends[1:])]
+    return [[t for t in range(a, b) if keep is None or keep[t]] for a, b in pairwise(ends)]

@@ -10,7 +10,13 @@ if registry.native_available():
 
 
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor | None, starts: Tensor, last_value: Tensor, gamma: float, lam: float
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    starts: Tensor,
+    last_value: Tensor,
+    gamma: float,
+    lam: float,
 ) -> Tensor:
     """Arguments and result as `naive.gae`; all contiguous."""
     return torch.ops.rlhf_kernels.gae_rows(rewards, values, mask, starts, last_value, gamma, lam)

@@ -34,7 +34,9 @@ def masked_whiten(
         TypeError, ValueError: a wrong dtype, shape or device, by the argument's name.
     """
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-        raise TypeError(f"x must be a floating-point tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+        raise TypeError(
+            f"x must be a floating-point tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
+        )
     if mask is None:
         mask = torch.ones_like(x, dtype=torch.bool)
     elif not isinstance(mask, Tensor) or mask.dtype.is_floating_point or mask.dtype.is_complex:
