@@ -1,5 +1,6 @@
 // Every native op's schema, and the Python module that carries them: importing rlhf_kernels._C registers the ops under
-// torch.ops.rlhf_kernels. The implementations live in cpu/ and cuda/, one file an op family, each with its own IMPL block.
+// torch.ops.rlhf_kernels. The implementations live in cpu/ and cuda/, one file an op family, each with its own IMPL
+// block.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -33,6 +34,7 @@ STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
 }
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
-  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static struct PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }
