@@ -22,7 +22,7 @@ from torch.nn.functional import dropout
 from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf_trainer.demo import ASSETS, corpus
+from rlhf_trainer.demo import ASSETS, build_data, corpus
 
 VOCABULARY = 1024
 PAD, EOS = "<pad>", "<eos>"
@@ -146,10 +146,6 @@ def train_model(rows: list[list[int]], held_out: list[list[int]], epochs: int, s
     return model.eval()
 
 
-def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ASSETS)
@@ -171,7 +167,7 @@ def main() -> None:
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     (args.out / "corpus.sha256").write_text(corpus.digest(sentences) + "\n")
-    provenance = {
+    provenance: dict[str, object] = {
         "sentences": len(sentences),
         "corpus_sha256": corpus.digest(sentences),
         "python": platform.python_version(),
@@ -183,6 +179,7 @@ def main() -> None:
         "held_out_nats_per_token": round(loss, 4),
         "held_out_perplexity": round(math.exp(loss), 2),
     }
+    provenance["rows"] = build_data.build(args.out, args.seed)
     (args.out / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
     print(json.dumps(provenance, indent=2))
 
