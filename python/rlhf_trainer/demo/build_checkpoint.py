@@ -111,14 +111,14 @@ def held_out_loss(model: LlamaForCausalLM, rows: list[list[int]]) -> float:
 
 
 def add_dropout(model: LlamaForCausalLM) -> list[RemovableHandle]:
-    """Dropout after the embeddings, every attention and every MLP (Llama has none of its own); the hooks, to remove it."""
+    """Dropout after the embeddings, attention and MLP (Llama has none of its own); the hooks, to remove it."""
     layers = model.model.layers
     places = [model.model.embed_tokens, *(layer.self_attn.o_proj for layer in layers), *(layer.mlp for layer in layers)]
     return [p.register_forward_hook(lambda m, _, out: dropout(out, DROPOUT, m.training)) for p in places]
 
 
 def train_model(rows: list[list[int]], held_out: list[list[int]], epochs: int, seed: int) -> LlamaForCausalLM:
-    """AdamW with a short warm-up and a linear decay to zero; dropout, because 250,000 tokens are soon learnt by heart."""
+    """AdamW with a short warm-up and a linear decay to zero; dropout, or 250,000 tokens are learnt by heart."""
     model = new_model(seed).train()
     hooks = add_dropout(model)
     matrices = [p for p in model.parameters() if p.ndim == 2]
@@ -159,7 +159,7 @@ def main() -> None:
     parts = corpus.split(sentences)
     tokenizer = train_tokenizer(parts.train)
     eos = tokenizer.eos_token_id
-    rows = {name: [tokenizer(s).input_ids + [eos] for s in getattr(parts, name)] for name in ("train", "evaluation")}
+    rows = {name: [[*tokenizer(s).input_ids, eos] for s in getattr(parts, name)] for name in ("train", "evaluation")}
     print(f"{len(sentences)} sentences, {sum(map(len, rows['train']))} tokens to train on", flush=True)
     model = train_model(rows["train"], rows["evaluation"], args.epochs, args.seed)
     loss = held_out_loss(model, rows["evaluation"])
