@@ -1,20 +1,58 @@
 // Every native op's schema, and the Python module that carries them: importing rlhf_kernels._C registers the ops under
-// torch.ops.rlhf_kernels. The implementations live in cpu/ and cuda/, one file an op family, each with its own IMPL block.
+// torch.ops.rlhf_kernels. The implementations live in cpu/ and cuda/, one file an op family, each with its own IMPL
+// block.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
-  // logprob: row passes of the head
+  // logprob: row passes of the head over a block of logits, and the whole op for logits that are already there
+  m.def(
+      "head_stats(Tensor(a!) z, Tensor(b!)? zr, Tensor target, Tensor? bias, Tensor temperature, float softcap, "
+      "float scale, bool raw, bool kl, bool rkl, Tensor(c!) state) -> ()");
+  m.def(
+      "head_exp(Tensor(a!) z, Tensor target, Tensor? bias, Tensor temperature, float softcap, float scale, bool raw, "
+      "bool first, Tensor(b!) shift, Tensor(c!) mass, Tensor(d!) factor, Tensor(e!) target_z) -> ()");
+  m.def(
+      "head_js(Tensor(a!) z, Tensor(b!) zr, Tensor? bias, Tensor temperature, float softcap, float scale, bool raw, "
+      "Tensor lse, Tensor ratio, Tensor(c!) sums) -> ()");
+  m.def(
+      "head_grad(Tensor(a!) z, Tensor(b!)? zr, Tensor target, Tensor? bias, Tensor temperature, float softcap, "
+      "float scale, bool raw, Tensor coefficients, Tensor(c!)? scratch) -> ()");
+  m.def(
+      "logprob_rows(Tensor logits, Tensor target, Tensor temperature, int ignore_index, Tensor(a!) out) "
+      "-> ()");
+  m.def(
+      "logprob_rows_backward(Tensor logits, Tensor target, Tensor temperature, int ignore_index, Tensor coefficients, "
+      "Tensor(a!) out) -> ()");
 
   // sampling
+  m.def(
+      "sample_rows(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p_cut, Tensor seed, "
+      "Tensor stream, Tensor sample_index, Tensor position, Tensor greedy) -> (Tensor, Tensor)");
 
   // attention
+  m.def(
+      "varlen_attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, int window, "
+      "float softcap) -> (Tensor, Tensor)");
+  m.def(
+      "varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
+      "float scale, int window, float softcap) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "sliced_attention_forward(Tensor q, Tensor keys, Tensor values, Tensor slice_table, Tensor context_lens, "
+      "Tensor cu_q, float scale, int window, float softcap) -> Tensor");
+  m.def("arena_write(Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor k, Tensor v) -> ()");
 
   // advantage
-  m.def("gae_rows(Tensor rewards, Tensor values, Tensor starts, Tensor last_value, float gamma, float lam) -> Tensor");
+  m.def(
+      "gae_rows(Tensor rewards, Tensor values, Tensor? mask, Tensor starts, Tensor last_value, float gamma, float lam) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "gae_rows_backward(Tensor grad, Tensor? mask, Tensor starts, float gamma, float lam) -> (Tensor, Tensor, "
+      "Tensor)");
 }
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
-  static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static struct PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -1,0 +1,45 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.11, gcc and a package registry: they make .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+ALGO ?= hydra-ppo
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test test-all lint format build wheel clean
+
+demo: build
+	$(BIN)/rlhf-train demo --algorithm $(ALGO)
+
+test: lint
+	GOMP_SPINCOUNT=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow" --durations=15
+
+test-all: lint
+	GOMP_SPINCOUNT=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --durations=30
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+wheel: .venv/.tools
+	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+
+build: .venv/.built
+
+# torch comes first and from the constraints, so that nothing after it asks for another build of torch
+.venv/.tools: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch setuptools wheel ninja pybind11
+	touch $@
+
+.venv/.built: .venv/.tools pyproject.toml setup.py $(CSRC)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[trainer,dev]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info rlhf_kernels/*.so
