@@ -45,7 +45,7 @@ STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
   // advantage
   m.def(
       "gae_rows(Tensor rewards, Tensor values, Tensor? mask, Tensor starts, Tensor last_value, float gamma, float lam) "
-      "-> Tensor");
+      "-> (Tensor, Tensor)");
   m.def(
       "gae_rows_backward(Tensor grad, Tensor? mask, Tensor starts, float gamma, float lam) -> (Tensor, Tensor, "
       "Tensor)");

@@ -29,6 +29,11 @@ void deltas(const T* rewards, const T* values, T last_value, T gamma, int64_t n,
   if (n > 0) out[n - 1] = rewards[n - 1] + gamma * last_value - values[n - 1];
 }
 
+template <typename T>
+void add(const T* a, const T* b, int64_t n, T* out) {
+  for (int64_t t = 0; t < n; ++t) out[t] = a[t] + b[t];
+}
+
 // x[i][t] += decay * x[i][t - kStep] for each of the n rows, from its first element (kStep 1) or its last (kStep -1).
 template <int kStep, typename T>
 void chain(const std::array<T*, kTogether>& x, const std::array<int64_t, kTogether>& lengths, int64_t n, T decay) {
@@ -87,7 +92,7 @@ struct Forward {
   const T *rewards, *values, *last_value;
   const bool* mask;
   T gamma, decay;
-  T* advantages;
+  T *advantages, *returns;
 
   // The row the chain runs over, holding the deltas.
   T* begin(Sequence<T>& s, int64_t b, int64_t start, int64_t n) const {
@@ -104,10 +109,16 @@ struct Forward {
     deltas(s.first.data(), s.second.data(), last_value[b], gamma, s.valid.count, s.packed.data());
     return s.packed.data();
   }
-  void end(const Sequence<T>& s, int64_t, int64_t start, int64_t n) const {
-    if (!s.valid.holes) return;
-    std::fill(advantages + start, advantages + start + n, T(0));
+  void end(Sequence<T>& s, int64_t, int64_t start, int64_t n) const {
+    if (!s.valid.holes) {
+      add(advantages + start, values + start, s.valid.count, returns + start);
+      std::fill(returns + start + s.valid.count, returns + start + n, T(0));
+      return;
+    }
+    for (T* out : {advantages + start, returns + start}) std::fill(out, out + n, T(0));
     s.valid.unpack(s.packed, advantages + start);
+    add(s.packed.data(), s.second.data(), s.valid.count, s.first.data());
+    s.valid.unpack(s.first, returns + start);
   }
   static constexpr int kStep = -1;
 };
@@ -180,9 +191,9 @@ const bool* mask_data(const std::optional<Tensor>& mask) { return mask ? data<bo
 
 template <typename T>
 void forward(const Tensor& rewards, const Tensor& values, const std::optional<Tensor>& mask, const Tensor& starts,
-             const Tensor& last_value, double gamma, double lam, const Tensor& out) {
+             const Tensor& last_value, double gamma, double lam, const Tensor& advantages, const Tensor& returns) {
   run(Forward<T>{data<T>(rewards), data<T>(values), data<T>(last_value), mask_data(mask), T(gamma), T(gamma * lam),
-                 data<T>(out)},
+                 data<T>(advantages), data<T>(returns)},
       starts);
 }
 
@@ -194,12 +205,12 @@ void backward(const Tensor& grad, const std::optional<Tensor>& mask, const Tenso
       starts);
 }
 
-Tensor gae_rows(Tensor rewards, Tensor values, std::optional<Tensor> mask, Tensor starts, Tensor last_value,
-                double gamma, double lam) {
-  Tensor out = torch::stable::empty_like(rewards);
+std::tuple<Tensor, Tensor> gae_rows(Tensor rewards, Tensor values, std::optional<Tensor> mask, Tensor starts,
+                                    Tensor last_value, double gamma, double lam) {
+  Tensor advantages = torch::stable::empty_like(rewards), returns = torch::stable::empty_like(rewards);
   const auto scan = rewards.scalar_type() == ScalarType::Double ? forward<double> : forward<float>;
-  scan(rewards, values, mask, starts, last_value, gamma, lam, out);
-  return out;
+  scan(rewards, values, mask, starts, last_value, gamma, lam, advantages, returns);
+  return {advantages, returns};
 }
 
 std::tuple<Tensor, Tensor, Tensor> gae_rows_backward(Tensor grad, std::optional<Tensor> mask, Tensor starts,

@@ -7,6 +7,9 @@
 
 #include "attention_vec.h"
 
+// A function of its own in the object code; it takes no vectors, so its call is the same in every instruction set.
+#define TILE static __attribute__((noinline))
+
 constexpr int64_t BLOCK = 16;
 constexpr float NEVER = -1e30f;  // the running maximum before any key; finite, so that NEVER - NEVER is no NaN
 
@@ -63,7 +66,7 @@ LEAF void accumulate_columns(float* y, int64_t ys, const float* w, int64_t wi, i
 }
 
 template <int R>
-LEAF void accumulate(float* y, int64_t ys, const float* w, int64_t wi, int64_t wj, const float* x, int64_t xs,
+TILE void accumulate(float* y, int64_t ys, const float* w, int64_t wi, int64_t wj, const float* x, int64_t xs,
                      int64_t count, int64_t width) {
   int64_t c = 0;
   for (; c + 32 <= width; c += 32) accumulate_columns<R, 2>(y + c, ys, w, wi, wj, x + c, xs, count);
@@ -84,7 +87,7 @@ LEAF void narrow_row(const float* from, int64_t width, float factor, T* to) {
 }
 
 template <typename T>
-LEAF void pack_transposed(const T* const* rows, int64_t width, float* packed) {
+TILE void pack_transposed(const T* const* rows, int64_t width, float* packed) {
   for (int64_t c = 0; c < width; c += 16) transpose_16x16(rows, c, width - c, packed + 16 * c);
 }
 
@@ -109,6 +112,18 @@ LEAF bool block_rows(const KeyRows<T>& keys, int64_t first, int64_t count, const
   return together;
 }
 
+// Asks for a block before it is needed: it may lie in another slice, where no hardware prefetch would go.
+template <typename T>
+LEAF void prefetch_block(const KeyRows<T>& keys, int64_t first, int64_t left, int64_t d, int64_t dv) {
+  const T *k[BLOCK], *v[BLOCK];
+  const int64_t count = left < BLOCK ? left : BLOCK;
+  block_rows(keys, first, count, k, v);
+  for (int64_t j = 0; j < count; ++j) {
+    for (int64_t c = 0; c < d; c += 64 / sizeof(T)) __builtin_prefetch(k[j] + c);
+    for (int64_t c = 0; c < dv; c += 64 / sizeof(T)) __builtin_prefetch(v[j] + c);
+  }
+}
+
 struct Mask {  // which keys of a block a query at `position` sees
   int64_t first, window;
   __attribute__((always_inline)) bool needed(int64_t low, int64_t high) const {  // for some query at low..high
@@ -117,8 +132,8 @@ struct Mask {  // which keys of a block a query at `position` sees
   __attribute__((always_inline)) bool none(int64_t low, int64_t high) const {
     return first > high || (window && first + BLOCK - 1 < low - window + 1);
   }
-  __attribute__((always_inline)) f16 apply(int64_t position, f16 seen, f16 otherwise) const {
-    const f16 ahead = all(float(position - first)) - lanes();  // how far the query is past the key
+  __attribute__((always_inline)) f16 apply(float position, f16 seen, f16 otherwise) const {
+    const f16 ahead = (position - float(first)) - lanes();  // how far the query is past the key
     f16 s = ahead < 0.0f ? otherwise : seen;
     if (window) s = ahead >= float(window) ? otherwise : s;
     return s;
@@ -127,15 +142,15 @@ struct Mask {  // which keys of a block a query at `position` sees
 
 // The running softmax of a job's rows.
 struct Rows {
-  float *q, *o, *l, *m;  // [rows, padded d], [rows, padded dv], [rows, 16] partial sums, [rows] maxima
-  int64_t d, dv;         // padded
+  float *q, *o, *l, *m, *at;  // [rows, padded d], [rows, padded dv], [rows, 16] partial sums, maxima, positions
+  int64_t d, dv;              // padded
 };
 
 // One block for R rows from `row` on: scores, new maximum, rescale where it moved, weighted values.
 template <int R>
-LEAF void attend_tile(const Rows& rows, int64_t row, const Options& options, int64_t first_position, const Mask& mask,
-                      const float* kt, const float* v, int64_t vs, int64_t count) {
-  const int64_t low = first_position + row / options.group, high = first_position + (row + R - 1) / options.group;
+TILE void attend_tile(const Rows& rows, int64_t row, const Options& options, const Mask& mask, const float* kt,
+                      const float* v, int64_t vs, int64_t count) {
+  const int64_t low = int64_t(rows.at[row]), high = int64_t(rows.at[row + R - 1]);
   if (mask.none(low, high)) return;
   f16 s[R];
   dots<R>(rows.q + row * rows.d, rows.d, kt, rows.d, s);
@@ -143,9 +158,10 @@ LEAF void attend_tile(const Rows& rows, int64_t row, const Options& options, int
   alignas(64) float moved[16] = {};
   const bool masked = mask.needed(low, high);
   bool any = false;
+#pragma GCC unroll 4
   for (int i = 0; i < R; ++i) {
     if (options.softcap > 0) s[i] = hyperbolic_tangent(s[i] * (1.0f / options.softcap)) * options.softcap;
-    if (masked) s[i] = mask.apply(first_position + (row + i) / options.group, s[i], all(-__builtin_inff()));
+    if (masked) s[i] = mask.apply(rows.at[row + i], s[i], all(-__builtin_inff()));
     const float before = rows.m[row + i], top = largest(s[i]);
     if (top > before) moved[i] = before - top, rows.m[row + i] = top, any = true;
     const f16 p = exponential(s[i] - rows.m[row + i]);
@@ -171,11 +187,12 @@ LEAF void forward_job(const ForwardJob<T>& job, float* scratch) {
   const int64_t group = options.group, count = job.tokens * group, d = padded(options.d), dv = padded(options.dv);
   float* kt = scratch;
   float* values = kt + 16 * d;
-  Rows rows{values + 16 * dv, nullptr, nullptr, nullptr, d, dv};
-  rows.o = rows.q + count * d, rows.l = rows.o + count * dv, rows.m = rows.l + count * 16;
+  Rows rows{values + 16 * dv, nullptr, nullptr, nullptr, nullptr, d, dv};
+  rows.o = rows.q + count * d, rows.l = rows.o + count * dv, rows.m = rows.l + count * 16, rows.at = rows.m + count;
   for (int64_t r = 0; r < count; ++r) {
     widen_row(job.q + r / group * job.q_token + r % group * job.q_head, options.d, options.scale, rows.q + r * d);
     rows.m[r] = NEVER;
+    rows.at[r] = float(job.first_position + r / group);
   }
   for (int64_t c = 0; c < count * (dv + 16); c += 16) store(rows.o + c, f16{});
 
@@ -192,11 +209,12 @@ LEAF void forward_job(const ForwardJob<T>& job, float* scratch) {
       for (int64_t j = 0; j < here; ++j) widen_row(v[j], options.dv, 1.0f, values + j * dv);
       v0 = values, vs = dv;
     }
+    if (first + BLOCK < end) prefetch_block(job.keys, first + BLOCK, end - first - BLOCK, options.d, options.dv);
     const Mask mask{first, options.window};
     int64_t r = 0;
-    for (; r + 4 <= count; r += 4) attend_tile<4>(rows, r, options, job.first_position, mask, kt, v0, vs, here);
-    if (r + 2 <= count) attend_tile<2>(rows, r, options, job.first_position, mask, kt, v0, vs, here), r += 2;
-    if (r < count) attend_tile<1>(rows, r, options, job.first_position, mask, kt, v0, vs, here);
+    for (; r + 4 <= count; r += 4) attend_tile<4>(rows, r, options, mask, kt, v0, vs, here);
+    if (r + 2 <= count) attend_tile<2>(rows, r, options, mask, kt, v0, vs, here), r += 2;
+    if (r < count) attend_tile<1>(rows, r, options, mask, kt, v0, vs, here);
   }
 
   for (int64_t r = 0; r < count; ++r) {
@@ -209,12 +227,13 @@ LEAF void forward_job(const ForwardJob<T>& job, float* scratch) {
 // P and dS of R rows against a block: p = e^(s - lse), ds = p (dO.v - D), through the softcap's slope where there is
 // one.
 template <int R>
-LEAF void score_gradients(const float* q, const float* grad, int64_t d, int64_t dv, const float* kt, const float* vt,
-                          const float* lse, const float* dot, const Options& options, const Mask& mask, int64_t row,
-                          float* p, float* ds) {
+TILE void score_gradients(const float* q, const float* grad, int64_t d, int64_t dv, const float* kt, const float* vt,
+                          const float* lse, const float* dot, const float* at, const Options& options, const Mask& mask,
+                          int64_t row, float* p, float* ds) {
   f16 s[R], dp[R];
   dots<R>(q + row * d, d, kt, d, s);
   dots<R>(grad + row * dv, dv, vt, dv, dp);
+#pragma GCC unroll 4
   for (int i = 0; i < R; ++i) {
     f16 slope = all(1.0f);
     if (options.softcap > 0) {
@@ -222,10 +241,9 @@ LEAF void score_gradients(const float* q, const float* grad, int64_t d, int64_t 
       s[i] = t * options.softcap;
       slope = 1.0f - t * t;
     }
-    const int64_t position = (row + i) / options.group;
     const f16 weight = exponential(s[i] - lse[row + i]);
-    store(p + (row + i) * 16, mask.apply(position, weight, f16{}));
-    store(ds + (row + i) * 16, mask.apply(position, weight * (dp[i] - dot[row + i]) * slope, f16{}));
+    store(p + (row + i) * 16, mask.apply(at[row + i], weight, f16{}));
+    store(ds + (row + i) * 16, mask.apply(at[row + i], weight * (dp[i] - dot[row + i]) * slope, f16{}));
   }
 }
 
@@ -236,15 +254,19 @@ LEAF void backward_job(const BackwardJob<T>& job, float* scratch) {
   const int64_t group = options.group, count = job.tokens * group, d = padded(options.d), dv = padded(options.dv);
   float *kt = scratch, *vt = kt + 16 * d, *keys = vt + 16 * dv, *dk = keys + 16 * d, *dvalues = dk + 16 * d;
   float *q = dvalues + 16 * dv, *grad = q + count * d, *dq = grad + count * dv;
-  float *p = dq + count * d, *ds = p + count * 16, *lse = ds + count * 16, *dot = lse + count;
+  float *p = dq + count * d, *ds = p + count * 16, *lse = ds + count * 16, *dot = lse + count, *at = dot + count;
   for (int64_t r = 0; r < count; ++r) {
-    const int64_t t = r / group, h = r % group, at = t * job.out_token + h * options.dv;
+    const int64_t t = r / group, h = r % group, place = t * job.out_token + h * options.dv;
     widen_row(job.q + t * job.q_token + h * job.q_head, options.d, options.scale, q + r * d);
-    widen_row(job.grad + at, options.dv, 1.0f, grad + r * dv);
+    widen_row(job.grad + place, options.dv, 1.0f, grad + r * dv);
     lse[r] = job.lse[t * job.lse_token + h];
-    float sum = 0;
-    for (int64_t c = 0; c < options.dv; ++c) sum += widen(job.out[at + c]) * grad[r * dv + c];
-    dot[r] = sum;
+    at[r] = float(t);
+    f16 sum{};
+    for (int64_t c = 0; c < dv; c += 16) {
+      const f16 o = c + 16 <= options.dv ? load(job.out + place + c) : load_some(job.out + place + c, options.dv - c);
+      sum += o * load(grad + r * dv + c);
+    }
+    dot[r] = total(sum);
   }
   for (int64_t c = 0; c < count * d; c += 16) store(dq + c, f16{});
 
@@ -264,11 +286,11 @@ LEAF void backward_job(const BackwardJob<T>& job, float* scratch) {
     const Mask mask{first, options.window};
     int64_t r = begin;
     for (; r + 4 <= end; r += 4) {
-      score_gradients<4>(q, grad, d, dv, kt, vt, lse, dot, options, mask, r, p, ds);
+      score_gradients<4>(q, grad, d, dv, kt, vt, lse, dot, at, options, mask, r, p, ds);
       accumulate<4>(dq + r * d, d, ds + r * 16, 16, 1, keys, d, here, d);
     }
     for (; r < end; ++r) {
-      score_gradients<1>(q, grad, d, dv, kt, vt, lse, dot, options, mask, r, p, ds);
+      score_gradients<1>(q, grad, d, dv, kt, vt, lse, dot, at, options, mask, r, p, ds);
       accumulate<1>(dq + r * d, d, ds + r * 16, 16, 1, keys, d, here, d);
     }
     for (int64_t j = 0; j < BLOCK; j += 4) {
@@ -286,8 +308,4 @@ LEAF void backward_job(const BackwardJob<T>& job, float* scratch) {
 }
 
 #undef LEAF
-#undef ROTATED
-#undef ZIP_LOW
-#undef ZIP_HIGH
-#undef ZIP
-#undef ZIP_ROUND
+#undef TILE

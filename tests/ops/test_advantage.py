@@ -1,5 +1,6 @@
-"""`gae` by hand and against the loop, with masks, lengths and gradients; `masked_whiten` alone and in a process group."""
+"""`gae` by hand and against the loop, with masks, lengths, gradients; `masked_whiten` alone and in a process group."""
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -255,9 +256,10 @@ def group_rows() -> tuple[Tensor, Tensor]:
     return torch.randn(8, 30, generator=g) + 5, torch.rand(8, 30, generator=g) < 0.7
 
 
-def whiten_my_rows(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def whiten_my_rows(process: int, folder: str) -> None:
+    """Process 0 is the spawned one, -1 the test's own."""
+    rank, patience = process + 1, timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=patience)
     x, mask = group_rows()
     mine = slice(0, 2) if rank == 0 else slice(2, 8)
     for shift in (True, False):
@@ -272,7 +274,9 @@ def whiten_my_rows(rank: int, folder: str) -> None:
 
 
 def test_a_group_whitens_as_one_process_would(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(whiten_my_rows, args=(str(tmp_path),), nprocs=2)
+    spawned = torch.multiprocessing.spawn(whiten_my_rows, args=(str(tmp_path),), nprocs=1, join=False)
+    whiten_my_rows(-1, str(tmp_path))
+    assert spawned.join(timeout=120)
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ def gae(
         delta_t = r_t + gamma V_{t+1} - V_t      A_t = delta_t + gamma lam A_{t+1}      return_t = A_t + V_t
 
     Args:
-        rewards, values: floats, [B, T]; or flat [N], all sequences end to end, with `lengths`. Computed in fp64 where one
-            of them is fp64, in fp32 otherwise.
+        rewards, values: floats, [B, T]; or flat [N], all sequences end to end, with `lengths`. Computed in fp64 where
+            one of them is fp64, in fp32 otherwise.
         mask: bool (or 0/1 integers) of the same shape. A masked token does not exist, at the end of a row or inside it:
             its neighbours follow one another, what it holds (NaN too) is not read, its advantage and return are 0.
         lengths: int [B] with sum N, for flat input only.
@@ -34,8 +34,8 @@ def gae(
         last_value: float [B], the value after each sequence's last valid token, for sequences cut short; None: 0.
 
     Returns:
-        (advantages, returns), fp32 or fp64, shaped as rewards. Differentiable in rewards, values and last_value; callers
-        that train on the advantages detach them.
+        (advantages, returns), fp32 or fp64, shaped as rewards. Differentiable in rewards, values and last_value;
+        callers that train on the advantages detach them.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or value, by the argument's name.
@@ -71,8 +71,7 @@ def gae(
 
     flat_mask = None if mask is None else mask.reshape(-1).contiguous()
     r, v = (x.to(dtype).reshape(-1).contiguous() for x in (rewards, values))
-    advantages = _gae(r, v, flat_mask, starts, last, float(gamma), float(lam))
-    returns = advantages + (v if flat_mask is None else torch.where(flat_mask, v, 0.0))
+    advantages, returns = _gae(r, v, flat_mask, starts, last, float(gamma), float(lam))
     return advantages.view(rewards.shape), returns.view(rewards.shape)
 
 
@@ -127,7 +126,7 @@ def _gae(
     last_value: Tensor,
     gamma: float,
     lam: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     if rewards.device.type == "cpu" or os.environ.get("RLHF_KERNELS_CHECK") == "1":
         _check_starts(starts, rewards.numel())
     backend = native.gae if registry.choose("gae", rewards) == "native" else naive.gae
@@ -135,8 +134,8 @@ def _gae(
 
 
 @_gae.register_fake
-def _(rewards: Tensor, values: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(rewards)
+def _(rewards: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(rewards), torch.empty_like(rewards)
 
 
 @torch.library.custom_op("rlhf_kernels::gae_backward", mutates_args=())
@@ -153,15 +152,17 @@ def _(grad: Tensor, mask: Tensor | None, starts: Tensor, gamma: float, lam: floa
     return like, torch.empty_like(like), grad.new_empty(starts.shape[0] - 1)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     _, _, mask, starts, _, ctx.gamma, ctx.lam = inputs
     ctx.save_for_backward(mask, starts)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_advantages: Tensor, grad_returns: Tensor) -> tuple[Tensor | None, ...]:
     mask, starts = ctx.saved_tensors
+    grad = grad_advantages + grad_returns  # returns are advantages + values
     grad_rewards, grad_values, grad_last = _gae_backward(grad, mask, starts, ctx.gamma, ctx.lam)
-    return grad_rewards, grad_values, None, None, grad_last, None, None
+    direct = grad_returns if mask is None else torch.where(mask, grad_returns, 0.0)
+    return grad_rewards, grad_values + direct, None, None, grad_last, None, None
 
 
 _gae.register_autograd(_backward, setup_context=_setup_context)

@@ -19,17 +19,17 @@ def gae(
     last_value: Tensor,
     gamma: float,
     lam: float,
-) -> Tensor:
-    """Advantages [N] of flat rewards and values [N]; sequence b is starts[b] .. starts[b + 1]; last_value [B]."""
-    advantages = torch.zeros_like(rewards)
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns [N] of flat rewards and values [N]; sequence b is starts[b] .. starts[b + 1]."""
+    advantages, returns = torch.zeros_like(rewards), torch.zeros_like(rewards)
     for b, valid in enumerate(_valid_places(mask, starts)):
         next_value, running = last_value[b], torch.zeros_like(last_value[b])
         for t in reversed(valid):
             delta = rewards[t] + gamma * next_value - values[t]
             running = delta + gamma * lam * running
-            advantages[t] = running
+            advantages[t], returns[t] = running, running + values[t]
             next_value = values[t]
-    return advantages
+    return advantages, returns
 
 
 def gae_backward(

@@ -17,8 +17,8 @@ def gae(
     last_value: Tensor,
     gamma: float,
     lam: float,
-) -> Tensor:
-    """Arguments and result as `naive.gae`; all contiguous."""
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results as `naive.gae`; all contiguous."""
     return torch.ops.rlhf_kernels.gae_rows(rewards, values, mask, starts, last_value, gamma, lam)
 
 

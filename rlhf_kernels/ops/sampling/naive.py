@@ -1,9 +1,9 @@
 """`sample` in plain PyTorch: the definition.
 
 With u = (max logit - logit) / temperature, a token's weight is exp(-u) in fixed point (40 fractional bits, int64).
-Integer sums have no rounding, so the mass of a set, the cumulative distribution and with them the token do not depend on
-the order of additions; and because the exponential is spelled out in single fp32 operations, every backend draws the
-same.
+Integer sums have no rounding, so the mass of a set, the cumulative distribution and with them the token do not depend
+on the order of additions; and because the exponential is spelled out in single fp32 operations, every backend draws
+the same.
 The token order of the filters is (u ascending, index ascending); each filter keeps a prefix of it.
 """
 

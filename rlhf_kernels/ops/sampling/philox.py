@@ -1,6 +1,6 @@
 """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), exact in int64 tensors.
 
-One draw of a row: key = (seed low, seed high), counter = (position, sample_index, stream low, stream high), 32 bits each.
+A row's draw: key = (seed low, seed high), counter = (position, sample_index, stream low, stream high), 32 bits each.
 The draw's 53 bits are the top bits of (output[1] << 32 | output[0]). csrc/cpu/sampling.cpp has the same layout.
 """
 
