@@ -1,8 +1,8 @@
 """One way of measuring for every benchmark: contestants interleaved in one process, memory in fresh processes.
 
-A benchmark is a function that returns its cases; a case names the work and maps each contestant to a callable. Times are
-medians with minimum and maximum over the rounds, in which every contestant runs once before any runs again, so that what
-else the machine does falls on all alike. Peak memory is the growth of a fresh process's peak resident set.
+A benchmark is a function that returns its cases; a case names the work and maps each contestant to a callable. Times
+are medians with minimum and maximum over the rounds, in which every contestant runs once before any runs again, so that
+what else the machine does falls on all alike. Peak memory is the growth of a fresh process's peak resident set.
 """
 
 import json

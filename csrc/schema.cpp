@@ -26,11 +26,29 @@ STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
       "Tensor(a!) out) -> ()");
 
   // sampling
+  m.def(
+      "sample_rows(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p_cut, Tensor seed, "
+      "Tensor stream, Tensor sample_index, Tensor position, Tensor greedy) -> (Tensor, Tensor)");
 
   // attention
+  m.def(
+      "varlen_attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, int window, "
+      "float softcap) -> (Tensor, Tensor)");
+  m.def(
+      "varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
+      "float scale, int window, float softcap) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "sliced_attention_forward(Tensor q, Tensor keys, Tensor values, Tensor slice_table, Tensor context_lens, "
+      "Tensor cu_q, float scale, int window, float softcap) -> Tensor");
+  m.def("arena_write(Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor k, Tensor v) -> ()");
 
   // advantage
-  m.def("gae_rows(Tensor rewards, Tensor values, Tensor starts, Tensor last_value, float gamma, float lam) -> Tensor");
+  m.def(
+      "gae_rows(Tensor rewards, Tensor values, Tensor? mask, Tensor starts, Tensor last_value, float gamma, float lam) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "gae_rows_backward(Tensor grad, Tensor? mask, Tensor starts, float gamma, float lam) -> (Tensor, Tensor, "
+      "Tensor)");
 }
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {

@@ -1,0 +1,311 @@
+// Flash-style attention of one job, forward and backward, in blocks of 16 keys. No include guard, see attention_vec.h.
+//
+// A block begins at a multiple of 16 in the sequence's own positions, and every sum runs over blocks in that order,
+// whatever the other rows, the chunking or the slices are: a token's output is the same bits in all of them, and the
+// same in training (forward over whole sequences) and in generation (decode over the arena). Blocks or keys a query
+// does not see add exact zeros. Rows are (token, head of the group), token first.
+
+#include "attention_vec.h"
+
+// A function of its own in the object code; it takes no vectors, so its call is the same in every instruction set.
+#define TILE static __attribute__((noinline))
+
+constexpr int64_t BLOCK = 16;
+constexpr float NEVER = -1e30f;  // the running maximum before any key; finite, so that NEVER - NEVER is no NaN
+
+// s[i] = 16 dot products of row i of x with the 16 columns of packed [width, 16], in two chains.
+template <int R>
+LEAF void dots(const float* x, int64_t stride, const float* packed, int64_t width, f16* s) {
+  f16 e0{}, e1{}, e2{}, e3{}, o0{}, o1{}, o2{}, o3{};
+  const float *x0 = x, *x1 = x + stride, *x2 = x + 2 * stride, *x3 = x + 3 * stride;
+  for (int64_t c = 0; c < width; c += 2) {
+    const f16 even = load(packed + 16 * c), odd = load(packed + 16 * c + 16);
+    e0 += x0[c] * even, o0 += x0[c + 1] * odd;
+    if constexpr (R > 1) e1 += x1[c] * even, o1 += x1[c + 1] * odd;
+    if constexpr (R > 2) {
+      e2 += x2[c] * even, o2 += x2[c + 1] * odd;
+      e3 += x3[c] * even, o3 += x3[c + 1] * odd;
+    }
+  }
+  s[0] = e0 + o0;
+  if constexpr (R > 1) s[1] = e1 + o1;
+  if constexpr (R > 2) s[2] = e2 + o2, s[3] = e3 + o3;
+}
+
+// y[i][c] += sum_j w[i * wi + j * wj] * x[j][c] for R rows i; j in order.
+template <int R, int W>
+LEAF void accumulate_columns(float* y, int64_t ys, const float* w, int64_t wi, int64_t wj, const float* x, int64_t xs,
+                             int64_t count) {
+  f16 a0 = load(y), a1{}, a2{}, a3{}, b0{}, b1{}, b2{}, b3{};
+  if constexpr (R > 1) a1 = load(y + ys);
+  if constexpr (R > 2) a2 = load(y + 2 * ys), a3 = load(y + 3 * ys);
+  if constexpr (W > 1) {
+    b0 = load(y + 16);
+    if constexpr (R > 1) b1 = load(y + ys + 16);
+    if constexpr (R > 2) b2 = load(y + 2 * ys + 16), b3 = load(y + 3 * ys + 16);
+  }
+  for (int64_t j = 0; j < count; ++j, x += xs, w += wj) {
+    const f16 x0 = load(x), x1 = W > 1 ? load(x + 16) : f16{};
+    a0 += w[0] * x0;
+    if constexpr (R > 1) a1 += w[wi] * x0;
+    if constexpr (R > 2) a2 += w[2 * wi] * x0, a3 += w[3 * wi] * x0;
+    if constexpr (W > 1) {
+      b0 += w[0] * x1;
+      if constexpr (R > 1) b1 += w[wi] * x1;
+      if constexpr (R > 2) b2 += w[2 * wi] * x1, b3 += w[3 * wi] * x1;
+    }
+  }
+  store(y, a0);
+  if constexpr (R > 1) store(y + ys, a1);
+  if constexpr (R > 2) store(y + 2 * ys, a2), store(y + 3 * ys, a3);
+  if constexpr (W > 1) {
+    store(y + 16, b0);
+    if constexpr (R > 1) store(y + ys + 16, b1);
+    if constexpr (R > 2) store(y + 2 * ys + 16, b2), store(y + 3 * ys + 16, b3);
+  }
+}
+
+template <int R>
+TILE void accumulate(float* y, int64_t ys, const float* w, int64_t wi, int64_t wj, const float* x, int64_t xs,
+                     int64_t count, int64_t width) {
+  int64_t c = 0;
+  for (; c + 32 <= width; c += 32) accumulate_columns<R, 2>(y + c, ys, w, wi, wj, x + c, xs, count);
+  if (c < width) accumulate_columns<R, 1>(y + c, ys, w, wi, wj, x + c, xs, count);
+}
+
+// A row as floats, times factor, then zeros up to the padded width.
+template <typename T>
+LEAF void widen_row(const T* from, int64_t width, float factor, float* to) {
+  int64_t c = 0;
+  for (; c + 16 <= width; c += 16) store(to + c, load(from + c) * factor);
+  if (c < width) store(to + c, load_some(from + c, width - c) * factor);
+}
+
+template <typename T>
+LEAF void narrow_row(const float* from, int64_t width, float factor, T* to) {
+  for (int64_t c = 0; c < width; ++c) narrow(from[c] * factor, to + c);
+}
+
+template <typename T>
+TILE void pack_transposed(const T* const* rows, int64_t width, float* packed) {
+  for (int64_t c = 0; c < width; c += 16) transpose_16x16(rows, c, width - c, packed + 16 * c);
+}
+
+// The addresses of a block's keys and values; places past the end repeat the last one (they are masked). Returns
+// whether the rows lie one token apart.
+template <typename T>
+LEAF bool block_rows(const KeyRows<T>& keys, int64_t first, int64_t count, const T** k, const T** v) {
+  if (keys.slices == nullptr) {
+    for (int64_t j = 0; j < BLOCK; ++j) {
+      const int64_t at = first + (j < count ? j : count - 1);
+      k[j] = keys.k + at * keys.k_token, v[j] = keys.v + at * keys.v_token;
+    }
+    return true;
+  }
+  int64_t slice = first / keys.slice_tokens, offset = first % keys.slice_tokens;
+  const bool together = offset + count <= keys.slice_tokens;
+  for (int64_t j = 0; j < BLOCK; ++j) {
+    k[j] = keys.k + keys.slices[slice] * keys.k_slice + offset * keys.k_token;
+    v[j] = keys.v + keys.slices[slice] * keys.v_slice + offset * keys.v_token;
+    if (j + 1 < count && ++offset == keys.slice_tokens) ++slice, offset = 0;
+  }
+  return together;
+}
+
+// Asks for a block before it is needed: it may lie in another slice, where no hardware prefetch would go.
+template <typename T>
+LEAF void prefetch_block(const KeyRows<T>& keys, int64_t first, int64_t left, int64_t d, int64_t dv) {
+  const T *k[BLOCK], *v[BLOCK];
+  const int64_t count = left < BLOCK ? left : BLOCK;
+  block_rows(keys, first, count, k, v);
+  for (int64_t j = 0; j < count; ++j) {
+    for (int64_t c = 0; c < d; c += 64 / sizeof(T)) __builtin_prefetch(k[j] + c);
+    for (int64_t c = 0; c < dv; c += 64 / sizeof(T)) __builtin_prefetch(v[j] + c);
+  }
+}
+
+struct Mask {  // which keys of a block a query at `position` sees
+  int64_t first, window;
+  __attribute__((always_inline)) bool needed(int64_t low, int64_t high) const {  // for some query at low..high
+    return first + BLOCK - 1 > low || (window && first < high - window + 1);
+  }
+  __attribute__((always_inline)) bool none(int64_t low, int64_t high) const {
+    return first > high || (window && first + BLOCK - 1 < low - window + 1);
+  }
+  __attribute__((always_inline)) f16 apply(float position, f16 seen, f16 otherwise) const {
+    const f16 ahead = (position - float(first)) - lanes();  // how far the query is past the key
+    f16 s = ahead < 0.0f ? otherwise : seen;
+    if (window) s = ahead >= float(window) ? otherwise : s;
+    return s;
+  }
+};
+
+// The running softmax of a job's rows.
+struct Rows {
+  float *q, *o, *l, *m, *at;  // [rows, padded d], [rows, padded dv], [rows, 16] partial sums, maxima, positions
+  int64_t d, dv;              // padded
+};
+
+// One block for R rows from `row` on: scores, new maximum, rescale where it moved, weighted values.
+template <int R>
+TILE void attend_tile(const Rows& rows, int64_t row, const Options& options, const Mask& mask, const float* kt,
+                      const float* v, int64_t vs, int64_t count) {
+  const int64_t low = int64_t(rows.at[row]), high = int64_t(rows.at[row + R - 1]);
+  if (mask.none(low, high)) return;
+  f16 s[R];
+  dots<R>(rows.q + row * rows.d, rows.d, kt, rows.d, s);
+  alignas(64) float w[R * 16];
+  alignas(64) float moved[16] = {};
+  const bool masked = mask.needed(low, high);
+  bool any = false;
+#pragma GCC unroll 4
+  for (int i = 0; i < R; ++i) {
+    if (options.softcap > 0) s[i] = hyperbolic_tangent(s[i] * (1.0f / options.softcap)) * options.softcap;
+    if (masked) s[i] = mask.apply(rows.at[row + i], s[i], all(-__builtin_inff()));
+    const float before = rows.m[row + i], top = largest(s[i]);
+    if (top > before) moved[i] = before - top, rows.m[row + i] = top, any = true;
+    const f16 p = exponential(s[i] - rows.m[row + i]);
+    store(w + 16 * i, p);
+    s[i] = p;
+  }
+  float* o = rows.o + row * rows.dv;
+  float* l = rows.l + row * 16;
+  if (any) {
+    const f16 kept = exponential(load(moved));
+    for (int i = 0; i < R; ++i) {
+      store(l + 16 * i, load(l + 16 * i) * kept[i]);
+      for (int64_t c = 0; c < rows.dv; c += 16) store(o + i * rows.dv + c, load(o + i * rows.dv + c) * kept[i]);
+    }
+  }
+  for (int i = 0; i < R; ++i) store(l + 16 * i, load(l + 16 * i) + s[i]);
+  accumulate<R>(o, rows.dv, w, 16, 1, v, vs, count, rows.dv);
+}
+
+template <typename T>
+LEAF void forward_job(const ForwardJob<T>& job, float* scratch) {
+  const Options& options = job.options;
+  const int64_t group = options.group, count = job.tokens * group, d = padded(options.d), dv = padded(options.dv);
+  float* kt = scratch;
+  float* values = kt + 16 * d;
+  Rows rows{values + 16 * dv, nullptr, nullptr, nullptr, nullptr, d, dv};
+  rows.o = rows.q + count * d, rows.l = rows.o + count * dv, rows.m = rows.l + count * 16, rows.at = rows.m + count;
+  for (int64_t r = 0; r < count; ++r) {
+    widen_row(job.q + r / group * job.q_token + r % group * job.q_head, options.d, options.scale, rows.q + r * d);
+    rows.m[r] = NEVER;
+    rows.at[r] = float(job.first_position + r / group);
+  }
+  for (int64_t c = 0; c < count * (dv + 16); c += 16) store(rows.o + c, f16{});
+
+  const int64_t end = job.first_position + job.tokens;
+  const int64_t seen = options.window ? job.first_position - options.window + 1 : 0;
+  for (int64_t first = (seen > 0 ? seen : 0) / BLOCK * BLOCK; first < end; first += BLOCK) {
+    const int64_t here = end - first < BLOCK ? end - first : BLOCK;
+    const T *k[BLOCK], *v[BLOCK];
+    const bool together = block_rows(job.keys, first, here, k, v);
+    pack_transposed(k, options.d, kt);
+    const float* v0 = reinterpret_cast<const float*>(v[0]);  // read in place if they can be
+    int64_t vs = job.keys.v_token;
+    if (sizeof(T) != sizeof(float) || options.dv != dv || !together) {
+      for (int64_t j = 0; j < here; ++j) widen_row(v[j], options.dv, 1.0f, values + j * dv);
+      v0 = values, vs = dv;
+    }
+    if (first + BLOCK < end) prefetch_block(job.keys, first + BLOCK, end - first - BLOCK, options.d, options.dv);
+    const Mask mask{first, options.window};
+    int64_t r = 0;
+    for (; r + 4 <= count; r += 4) attend_tile<4>(rows, r, options, mask, kt, v0, vs, here);
+    if (r + 2 <= count) attend_tile<2>(rows, r, options, mask, kt, v0, vs, here), r += 2;
+    if (r < count) attend_tile<1>(rows, r, options, mask, kt, v0, vs, here);
+  }
+
+  for (int64_t r = 0; r < count; ++r) {
+    const float sum = total(load(rows.l + 16 * r));
+    narrow_row(rows.o + r * dv, options.dv, 1.0f / sum, job.out + r / group * job.out_token + r % group * options.dv);
+    if (job.lse) job.lse[r / group * job.lse_token + r % group] = rows.m[r] + __builtin_logf(sum);
+  }
+}
+
+// P and dS of R rows against a block: p = e^(s - lse), ds = p (dO.v - D), through the softcap's slope where there is
+// one.
+template <int R>
+TILE void score_gradients(const float* q, const float* grad, int64_t d, int64_t dv, const float* kt, const float* vt,
+                          const float* lse, const float* dot, const float* at, const Options& options, const Mask& mask,
+                          int64_t row, float* p, float* ds) {
+  f16 s[R], dp[R];
+  dots<R>(q + row * d, d, kt, d, s);
+  dots<R>(grad + row * dv, dv, vt, dv, dp);
+#pragma GCC unroll 4
+  for (int i = 0; i < R; ++i) {
+    f16 slope = all(1.0f);
+    if (options.softcap > 0) {
+      const f16 t = hyperbolic_tangent(s[i] * (1.0f / options.softcap));
+      s[i] = t * options.softcap;
+      slope = 1.0f - t * t;
+    }
+    const f16 weight = exponential(s[i] - lse[row + i]);
+    store(p + (row + i) * 16, mask.apply(at[row + i], weight, f16{}));
+    store(ds + (row + i) * 16, mask.apply(at[row + i], weight * (dp[i] - dot[row + i]) * slope, f16{}));
+  }
+}
+
+// One sequence and one key/value head. P and dS of a block are kept for all rows, then summed three ways.
+template <typename T>
+LEAF void backward_job(const BackwardJob<T>& job, float* scratch) {
+  const Options& options = job.options;
+  const int64_t group = options.group, count = job.tokens * group, d = padded(options.d), dv = padded(options.dv);
+  float *kt = scratch, *vt = kt + 16 * d, *keys = vt + 16 * dv, *dk = keys + 16 * d, *dvalues = dk + 16 * d;
+  float *q = dvalues + 16 * dv, *grad = q + count * d, *dq = grad + count * dv;
+  float *p = dq + count * d, *ds = p + count * 16, *lse = ds + count * 16, *dot = lse + count, *at = dot + count;
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t t = r / group, h = r % group, place = t * job.out_token + h * options.dv;
+    widen_row(job.q + t * job.q_token + h * job.q_head, options.d, options.scale, q + r * d);
+    widen_row(job.grad + place, options.dv, 1.0f, grad + r * dv);
+    lse[r] = job.lse[t * job.lse_token + h];
+    at[r] = float(t);
+    f16 sum{};
+    for (int64_t c = 0; c < dv; c += 16) {
+      const f16 o = c + 16 <= options.dv ? load(job.out + place + c) : load_some(job.out + place + c, options.dv - c);
+      sum += o * load(grad + r * dv + c);
+    }
+    dot[r] = total(sum);
+  }
+  for (int64_t c = 0; c < count * d; c += 16) store(dq + c, f16{});
+
+  for (int64_t first = 0; first < job.tokens; first += BLOCK) {
+    const int64_t here = job.tokens - first < BLOCK ? job.tokens - first : BLOCK;
+    const KeyRows<T> source{job.k, job.v, job.k_token, job.v_token};
+    const T *k[BLOCK], *v[BLOCK];
+    block_rows(source, first, here, k, v);
+    pack_transposed(k, options.d, kt);
+    pack_transposed(v, options.dv, vt);
+    for (int64_t j = 0; j < BLOCK; ++j) widen_row(k[j], options.d, 1.0f, keys + j * d);
+    for (int64_t c = 0; c < 16 * (d + dv); c += 16) store(dk + c, f16{});
+
+    int64_t last = job.tokens;  // past the last token that sees a key of the block
+    if (options.window && first + BLOCK - 1 + options.window < last) last = first + BLOCK - 1 + options.window;
+    const int64_t begin = first * group, end = last * group;
+    const Mask mask{first, options.window};
+    int64_t r = begin;
+    for (; r + 4 <= end; r += 4) {
+      score_gradients<4>(q, grad, d, dv, kt, vt, lse, dot, at, options, mask, r, p, ds);
+      accumulate<4>(dq + r * d, d, ds + r * 16, 16, 1, keys, d, here, d);
+    }
+    for (; r < end; ++r) {
+      score_gradients<1>(q, grad, d, dv, kt, vt, lse, dot, at, options, mask, r, p, ds);
+      accumulate<1>(dq + r * d, d, ds + r * 16, 16, 1, keys, d, here, d);
+    }
+    for (int64_t j = 0; j < BLOCK; j += 4) {
+      accumulate<4>(dk + j * d, d, ds + begin * 16 + j, 1, 16, q + begin * d, d, end - begin, d);
+      accumulate<4>(dvalues + j * dv, dv, p + begin * 16 + j, 1, 16, grad + begin * dv, dv, end - begin, dv);
+    }
+    for (int64_t j = 0; j < here; ++j) {
+      narrow_row(dk + j * d, options.d, 1.0f, job.dk + (first + j) * job.dk_token);
+      narrow_row(dvalues + j * dv, options.dv, 1.0f, job.dv + (first + j) * job.dv_token);
+    }
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    narrow_row(dq + r * d, options.d, options.scale, job.dq + r / group * job.dq_token + r % group * options.d);
+  }
+}
+
+#undef LEAF
+#undef TILE
