@@ -13,7 +13,7 @@ MAX_COMPLETION = 40  # tokens; 8 of 100 sentences of the checkpoint are longer
 EVAL_PROMPTS = 256
 
 HYDRA_SFT: dict[str, Any] = {
-    "total_steps": 220,
+    "total_steps": 260,
     "per_device_train_batch_size": 32,
     "learning_rate": 1e-3,
     "reward_loss_coef": 1.0,
