@@ -14,6 +14,7 @@ LEAF f16 load(const bf16_bits* p) {
   return (f16)(__builtin_convertvector(*reinterpret_cast<const h16_anywhere*>(p), u16) << 16);
 }
 LEAF void store(float* p, f16 x) { *reinterpret_cast<f16_anywhere*>(p) = x; }
+LEAF void add(float* p, f16 x) { store(p, load(p) + x); }
 LEAF f16 all(float x) { return f16{} + x; }
 LEAF f16 maximum(f16 a, f16 b) { return a > b ? a : b; }
 
@@ -114,7 +115,8 @@ LEAF void transpose_16x16(const T* const* rows, int64_t start, int64_t columns, 
   ROW(1)
   ROW(2)
   ROW(3)
-  ROW(4) ROW(5) ROW(6) ROW(7) ROW(8) ROW(9) ROW(10) ROW(11) ROW(12) ROW(13) ROW(14) ROW(15)
+  ROW(4)
+  ROW(5) ROW(6) ROW(7) ROW(8) ROW(9) ROW(10) ROW(11) ROW(12) ROW(13) ROW(14) ROW(15)
 #undef ROW
       ZIP_ROUND(a, b) ZIP_ROUND(b, c) ZIP_ROUND(c, d) ZIP_ROUND(d, e)
 #define COLUMN(j) store(to + 16 * j, e##j);

@@ -102,13 +102,17 @@ INLINE float log_cosh_plus(float h) {
   return a < 0.5f ? h + x * p : direct;
 }
 
-// tanh with small relative error everywhere.
+// tanh within 1 ulp: Cephes' series below 0.625, above it 1 - 2 / (e^2|x| + 1).
 INLINE float tanh(float x) {
-  float twice = 2.0f * x;
-  twice = twice > 40.0f ? 40.0f : twice;
-  twice = twice < -40.0f ? -40.0f : twice;
-  const float t = expm1(twice);
-  return t / (t + 2.0f);
+  const float a = abs(x), x2 = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * x2 + 2.06390887954e-2f;
+  p = p * x2 - 5.37397155531e-2f;
+  p = p * x2 + 1.33314422036e-1f;
+  p = p * x2 - 3.33332819422e-1f;
+  const float near = x + x * x2 * p;
+  const float far = 1.0f - 2.0f / (exp(2.0f * a) + 1.0f);
+  return a < 0.625f ? near : (x < 0.0f ? -far : far);
 }
 
 }  // namespace vec
