@@ -37,6 +37,7 @@ def ops_extension() -> Extension:
         "-O3",
         "-std=c++20",
         "-fopenmp-simd",
+        "-fno-trapping-math",  # lets selects become vector blends
         "-Wall",
         "-fvisibility=hidden",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",

@@ -5,7 +5,25 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
-  // logprob: row passes of the head
+  // logprob: row passes of the head over a block of logits, and the whole op for logits that are already there
+  m.def(
+      "head_stats(Tensor(a!) z, Tensor(b!)? zr, Tensor target, Tensor? bias, Tensor temperature, float softcap, "
+      "float scale, bool raw, bool kl, bool rkl, Tensor(c!) state) -> ()");
+  m.def(
+      "head_exp(Tensor(a!) z, Tensor target, Tensor? bias, Tensor temperature, float softcap, float scale, bool raw, "
+      "bool first, Tensor(b!) shift, Tensor(c!) mass, Tensor(d!) factor, Tensor(e!) target_z) -> ()");
+  m.def(
+      "head_js(Tensor(a!) z, Tensor(b!) zr, Tensor? bias, Tensor temperature, float softcap, float scale, bool raw, "
+      "Tensor lse, Tensor ratio, Tensor(c!) sums) -> ()");
+  m.def(
+      "head_grad(Tensor(a!) z, Tensor(b!)? zr, Tensor target, Tensor? bias, Tensor temperature, float softcap, "
+      "float scale, bool raw, Tensor coefficients, Tensor(c!)? scratch) -> ()");
+  m.def(
+      "logprob_rows(Tensor logits, Tensor target, Tensor temperature, int ignore_index, Tensor(a!) out) "
+      "-> ()");
+  m.def(
+      "logprob_rows_backward(Tensor logits, Tensor target, Tensor temperature, int ignore_index, Tensor coefficients, "
+      "Tensor(a!) out) -> ()");
 
   // sampling
   m.def(
@@ -25,7 +43,12 @@ STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
   m.def("arena_write(Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor k, Tensor v) -> ()");
 
   // advantage
-  m.def("gae_rows(Tensor rewards, Tensor values, Tensor starts, Tensor last_value, float gamma, float lam) -> Tensor");
+  m.def(
+      "gae_rows(Tensor rewards, Tensor values, Tensor? mask, Tensor starts, Tensor last_value, float gamma, float lam) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "gae_rows_backward(Tensor grad, Tensor? mask, Tensor starts, float gamma, float lam) -> (Tensor, Tensor, "
+      "Tensor)");
 }
 
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {

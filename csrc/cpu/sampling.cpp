@@ -263,6 +263,7 @@ Drawn sample_row(const RowLogits& logits, const RowParameters& p, Scratch& s) {
   }
   if (!std::isfinite(top) || !(p.temperature > 0.0f) || !std::isfinite(p.temperature))
     return {0, std::numeric_limits<float>::quiet_NaN()};
+  top += 0.0f;  // -0 - (+0) would give u the sign bit
   const float* z = logits.block(top_block, s.logits);
   const int64_t best = top_block * kBlock + (std::find(z, z + kBlock, top) - z);
 

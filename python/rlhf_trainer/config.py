@@ -1,12 +1,22 @@
-"""Everything a run can be told, in one dataclass: a YAML file fills it, flags override it, `config.yaml` beside the results records it.
+"""Everything a run can be told, in one dataclass: a YAML file fills it, flags override it, `config.yaml` records it.
 
 Names are those that users of other trainers know. A value of None means "the algorithm's own default" (its row in
-`rlhf_trainer.algorithms` fills it); units are tokens, steps or bytes as the comments say.
+`rlhf_trainer.algorithms` fills it); units are tokens, steps or bytes as the help texts say.
 """
+# ruff: noqa: RUF009  (option() makes a dataclass field, as field() does)
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Self
+
+from .errors import UserError, one_line
+from .options import build_parser, check_ranges, option, typed
 
 ALGORITHMS = ("sft", "reward", "hydra-sft", "ppo", "lora-ppo", "j-hydra-ppo", "hydra-ppo", "remax")
+ONLINE = ("ppo", "lora-ppo", "j-hydra-ppo", "hydra-ppo", "remax")  # those that generate and need a reward
 KL_ESTIMATORS = (
     "kl",
     "clamped_kl",
@@ -17,90 +27,216 @@ KL_ESTIMATORS = (
     "full_js",
     "none",
 )
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
+
+GROUPS = {  # a section's first field: its title in --help
+    "algorithm": "what is trained, on what, and what says it is good",
+    "lora_r": "adapters",
+    "total_steps": "how long, how much at once",
+    "max_prompt_length": "generation",
+    "kl_coef": "reward shaping",
+    "logging_steps": "what is kept and shown",
+}
 
 
 @dataclass
 class TrainConfig:
-    algorithm: str = "hydra-ppo"
+    """A run. Build it from keywords, `from_dict` or `from_yaml`; `validate` says in one line what is wrong with it."""
 
-    # what is trained, on what, and what says it is good
-    model: str = "demo"  # a directory in transformers' format, a hub id, or "demo": the embedded checkpoint
-    reward_model: str | None = (
-        None  # checkpoint with a reward head for `ppo` and `lora-ppo`; None: the model's own head
+    algorithm: str = option("hydra-ppo", "what to run", choices=ALGORITHMS)
+    model: str = option("demo", "directory in transformers' format, hub id, or demo: the embedded checkpoint")
+    reward_model: str | None = option(
+        None, "for ppo and lora-ppo: checkpoint with a reward head; default: the model's own"
     )
-    prompts: str | None = None  # JSONL file or `datasets` name; None only with the demo model
-    eval_prompts: str | None = None
-    prompt_column: str = "prompt"
-    reward: list[str] = field(
-        default_factory=list
-    )  # pkg.mod:function or a sequence classifier's path; empty: the reward head
-    reward_weights: list[float] = field(default_factory=list)
-    output_dir: str = "output"
-    resume: bool = False
-    seed: int = 0
-    dtype: str = "float32"
-    device: str = "cpu"
+    prompts: str | None = option(None, "JSONL file or `datasets` name; may be left out with the demo model only")
+    eval_prompts: str | None = option(None, "held-out prompts, same format")
+    prompt_column: str = option("prompt", "name of the prompt's column")
+    reward: list[str] = option(
+        [], "pkg.mod:function or a sequence classifier's path; several are added; default: the reward head"
+    )
+    reward_weights: list[float] = option([], "one weight for each --reward; default: all 1")
+    output_dir: str = option("output", "where metrics, checkpoints and the report go")
+    resume: bool = option(False, "go on from the last checkpoint in output_dir")
+    seed: int = option(0, "seed of every random draw", least=0)
+    dtype: str = option("float32", "of the model's weights", choices=("float32", "bfloat16"))
+    device: str = option("cpu", "cpu, cuda or cuda:N")
 
     # adapters
-    lora_r: int | None = None
-    lora_alpha: float | None = None
-    lora_target_modules: str = "all-linear"  # or a comma-separated list of module names
+    lora_r: int | None = option(None, "rank; 0: no adapters, sft, reward and remax train the whole base", least=0)
+    lora_alpha: float | None = option(None, "scaling is alpha / r", above=0)
+    lora_target_modules: str = option("all-linear", "all-linear (of the decoder layers) or names separated by commas")
 
     # how long, how much at once
-    total_steps: int = 100  # optimisation phases: one rollout each for the online algorithms, one batch for the others
-    rollout_batch_size: int = 64  # prompts a rollout
-    per_device_train_batch_size: int = 16  # sequences a micro-batch
-    num_mini_batches: int = 1  # optimiser steps an epoch over one rollout
-    gradient_accumulation_steps: int = 1  # sft and reward: micro-batches an optimiser step
-    num_ppo_epochs: int | None = None
-    learning_rate: float | None = None
-    critic_learning_rate: float | None = None
-    lr_scheduler_type: str = "constant"  # constant | linear | cosine
-    warmup_steps: int = 0
-    weight_decay: float | None = None
-    adam_beta1: float = 0.9
-    adam_beta2: float | None = None
-    adam_epsilon: float = 1e-5
-    max_grad_norm: float = 1.0
-    gradient_checkpointing: bool = False
+    total_steps: int = option(100, "online algorithms: rollouts; the others: optimiser steps", least=1)
+    rollout_batch_size: int = option(64, "prompts a rollout", least=1)
+    per_device_train_batch_size: int = option(16, "sequences a micro-batch", least=1)
+    num_mini_batches: int = option(1, "optimiser steps an epoch over one rollout", least=1)
+    gradient_accumulation_steps: int = option(1, "sft and reward: micro-batches an optimiser step", least=1)
+    num_ppo_epochs: int | None = option(None, "passes over one rollout", least=1)
+    learning_rate: float | None = option(None, "peak learning rate", above=0)
+    critic_learning_rate: float | None = option(None, "default: learning_rate", above=0)
+    lr_scheduler_type: str = option("constant", "after the warm-up", choices=("constant", "linear", "cosine"))
+    warmup_steps: int = option(0, "steps of linear warm-up", least=0)
+    weight_decay: float | None = option(None, "AdamW's", least=0)
+    adam_beta1: float = option(0.9, "AdamW's", least=0, most=0.99999)
+    adam_beta2: float | None = option(None, "AdamW's", least=0, most=0.99999)
+    adam_epsilon: float = option(1e-5, "AdamW's", above=0)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
 
     # generation
-    max_prompt_length: int = 512
-    max_completion_length: int = 128
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    num_generations: int = 1
-    kv_memory: str = "512MiB"
-    slice_tokens: int = 16
-    max_active: int | None = None
-    stop_token_ids: list[int] = field(default_factory=list)
+    max_prompt_length: int = option(512, "tokens", least=1)
+    prompt_truncation: str = option(
+        "left", "a longer prompt is cut on the left, dropped, or an error", choices=("left", "drop", "error")
+    )
+    max_completion_length: int = option(128, "tokens", least=1)
+    temperature: float = option(1.0, "of sampling and of the trained policy", above=0)
+    top_k: int = option(0, "0: off", least=0)
+    top_p: float = option(1.0, "1: off", above=0, most=1)
+    min_p: float = option(0.0, "0: off", least=0, most=1)
+    num_generations: int = option(1, "samples a prompt", least=1)
+    kv_memory: str | int = option("512MiB", "bytes of the KV arena, such as 536870912, 512MiB or 2GiB")
+    slice_tokens: int = option(16, "tokens a KV slice", least=1)
+    max_active: int | None = option(None, "most sequences decoded at once; default: as many as fit", least=1)
+    stop_token_ids: list[int] = option([], "end a completion as end-of-sequence does", least=0)
 
     # reward shaping
-    kl_coef: float | None = None
-    kl_estimator: str = "kl"  # one of KL_ESTIMATORS
-    kl_controller: str = "fixed"  # fixed | adaptive
-    kl_target: float = 6.0
-    kl_horizon: float = 10000.0
-    kl_mode: str = "cumulative"  # remax: cumulative | one-step
-    loss: str = "sequence"  # remax: sequence | token-mean
-    missing_eos_penalty: float | None = None
-    reward_clip: float | None = None
-    whiten_rewards: bool = False
-    whiten_advantages: bool = True
-    gamma: float = 1.0
-    lam: float = 0.95
-    cliprange: float = 0.2
-    cliprange_value: float = 0.2
-    vf_coef: float | None = None
-    reward_loss_coef: float = 0.1  # hydra-sft: gamma of CE + gamma * preference loss
+    kl_coef: float | None = option(None, "weight of the divergence from the reference", least=0)
+    kl_estimator: str = option("kl", "the per-token divergence", choices=KL_ESTIMATORS)
+    kl_controller: str = option("fixed", "of kl_coef", choices=("fixed", "adaptive"))
+    kl_target: float = option(6.0, "adaptive controller: nats a sequence", above=0)
+    kl_horizon: float = option(10000.0, "adaptive controller: sequences", above=0)
+    kl_mode: str = option(
+        "cumulative", "remax: the divergence from here on, or this token's", choices=("cumulative", "one-step")
+    )
+    loss: str = option("sequence", "remax: mean over sequences or over tokens", choices=("sequence", "token-mean"))
+    missing_eos_penalty: float | None = option(None, "taken off the score of a completion that does not end", least=0)
+    reward_clip: float | None = option(None, "scores are clipped to [-c, c]", above=0)
+    whiten_rewards: bool = option(False, "per-token rewards to unit variance")
+    whiten_advantages: bool = option(True, "advantages to zero mean and unit variance")
+    gamma: float = option(1.0, "discount", least=0, most=1)
+    lam: float = option(0.95, "lambda of GAE", least=0, most=1)
+    cliprange: float = option(0.2, "of the policy's ratio", above=0)
+    cliprange_value: float = option(0.2, "of the value's step", above=0)
+    vf_coef: float | None = option(None, "weight of the value loss", least=0)
+    reward_loss_coef: float = option(0.1, "hydra-sft: weight of the preference loss", least=0)
 
     # what is kept and shown
-    logging_steps: int = 1
-    save_steps: int = 50
-    save_total_limit: int = 2
-    eval_steps: int = 0  # 0: only at the end
-    num_sample_completions: int = 8
-    report_to: list[str] = field(default_factory=list)  # tensorboard, wandb, trackio: accelerate's trackers
-    report: bool = True
+    logging_steps: int = option(1, "steps between lines of the terminal", least=1)
+    save_steps: int = option(50, "steps between checkpoints; 0: only at the end", least=0)
+    save_total_limit: int = option(2, "checkpoints kept", least=1)
+    eval_steps: int = option(0, "steps between evaluations; 0: only at the end", least=0)
+    num_sample_completions: int = option(8, "completions recorded at each evaluation", least=0)
+    report_to: list[str] = option([], "trackers, through accelerate", choices=TRACKERS)
+    report: bool = option(True, "write report.html and plots at the end")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """From keys and values as YAML gives them; UserError for an unknown key or a value of the wrong type."""
+        return cls(**typed(cls, config_parser(), values))
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """From a YAML file that maps field names to values; fields left out keep their defaults."""
+        return cls.from_dict(read_yaml(path))
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """The YAML text that `from_yaml` reads back; also written to `path` if one is given."""
+        import yaml
+
+        text = yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def validate(self) -> Self:
+        """A copy with values of the declared types; UserError, naming the key, for the first thing that cannot work.
+
+        Reads nothing but the paths' existence and writes nothing.
+        """
+        config = replace(self, **typed(type(self), config_parser(), asdict(self)))
+        if config.report_to == ["none"]:
+            config.report_to = []
+        check_ranges(config)
+        check_combinations(config)
+        return config
+
+
+@cache
+def config_parser() -> Any:
+    """The one parser behind flags, YAML and keywords."""
+    return build_parser(TrainConfig)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; UserError when it is missing, malformed or something other than a mapping."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config: cannot read {str(path)!r}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config: {str(path)!r} is not YAML: {one_line(error)}") from error
+    if not isinstance(values, dict | None):
+        raise UserError(f"config: {str(path)!r} must map names to values, found {type(values).__name__}")
+    return values or {}
+
+
+def check_combinations(config: TrainConfig) -> None:
+    """UserError for values that are fine alone but not together, and for paths that are not there."""
+    _check_device(config.device)
+    _check_kv_memory(config.kv_memory)
+    _check_trackers(config.report_to)
+    for key in ("model", "reward_model", "prompts", "eval_prompts"):
+        _check_path(key, getattr(config, key))
+    if config.prompts is None and config.model != "demo":
+        raise UserError("prompts: needed (a JSONL file or a `datasets` name) with any model other than demo")
+    if config.reward_weights and len(config.reward_weights) != len(config.reward):
+        raise UserError(
+            f"reward_weights: {len(config.reward_weights)} weights for {len(config.reward)} rewards; give one for each"
+        )
+    if config.reward and config.algorithm not in ONLINE:
+        raise UserError(f"reward: {config.algorithm} scores nothing; it is for {', '.join(ONLINE)}")
+    if config.reward and config.reward_model:
+        raise UserError("reward and reward_model: give one of them")
+    if config.reward_model and config.algorithm not in ("ppo", "lora-ppo"):
+        raise UserError(f"reward_model: {config.algorithm} has one base; it is for ppo and lora-ppo")
+    if config.algorithm in ONLINE and config.rollout_batch_size < config.num_mini_batches:
+        raise UserError(
+            f"num_mini_batches: {config.num_mini_batches} cannot be cut from "
+            f"rollout_batch_size={config.rollout_batch_size}"
+        )
+    if Path(config.output_dir).is_file():
+        raise UserError(f"output_dir: {config.output_dir!r} is a file")
+
+
+def _check_device(device: str) -> None:
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise UserError(f"device: {device!r} is not cpu, cuda or cuda:N")
+
+
+def _check_kv_memory(value: str | int) -> None:
+    from rlhf_kernels.memory_size import parse_bytes
+
+    try:
+        parse_bytes(value)
+    except ValueError as error:
+        raise UserError(f"kv_memory: {error}") from error
+
+
+def _check_trackers(names: list[str]) -> None:
+    for name in names:
+        packages = ("tensorboard", "tensorboardX") if name == "tensorboard" else (name,)
+        if not any(find_spec(package) for package in packages):
+            raise UserError(f"report_to: {name} is not installed; metrics.jsonl is written in any case")
+
+
+def _check_path(key: str, value: str | None) -> None:
+    """Existence of what is clearly a path; a name such as `org/name` may be on the hub and is left to its loader."""
+    if value is None or Path(value).exists():
+        return
+    looks_local = value.startswith(("/", ".", "~")) or value.endswith((".jsonl", ".json")) or value.count("/") > 1
+    if looks_local:
+        raise UserError(f"{key}: {value!r} does not exist")

@@ -4,6 +4,8 @@ A forward gets `input_ids` [1, tokens], explicit `position_ids` [1, tokens], `us
 `packed`, which transformers hands down to every attention layer. No mask is built: `packed` says where sequences begin.
 """
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from rlhf_kernels.generation.arena import Arena
 
 ATTENTION = "rlhf_kernels_packed"
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+POSITION_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 @dataclass
@@ -68,9 +72,66 @@ def packed_attention(
     return out.unsqueeze(0), None
 
 
-def use_packed_attention(model: "PreTrainedModel") -> None:
-    """Registers the attention function and makes `model` use it; refuses models it would be wrong for."""
-    from transformers import AttentionInterface
+def use_packed_attention(model: "PreTrainedModel") -> Callable[[], None]:
+    """Makes `model` run on packed rows (see `packed_attention`); returns a function that undoes it.
 
+    Raises ValueError, before anything is changed, for a model it would be wrong for (see `check_decoder`). The model
+    gets a configuration object of its own: others built from the same object keep their attention.
+    """
+    from transformers import AttentionInterface, PreTrainedConfig
+
+    check_decoder(model)
     AttentionInterface.register(ATTENTION, packed_attention)
+    before = model.config._attn_implementation
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            module.config = copy.deepcopy(module.config, memo)
     model.set_attn_implementation(ATTENTION)
+
+    def undo() -> None:
+        model.set_attn_implementation(before)
+
+    return undo
+
+
+def check_decoder(model: "PreTrainedModel") -> None:
+    """Raises ValueError, naming the reason, for a model that cannot run on packed rows or take routed adapters."""
+    config, name = model.config.get_text_config(), type(model).__name__
+    problem = None
+    kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    rope = _rope_types(getattr(config, "rope_parameters", None)) | _rope_types(getattr(config, "rope_scaling", None))
+    parameters = list(model.named_parameters())
+    if model.config.is_encoder_decoder:
+        problem = "it is an encoder-decoder model; only causal decoders are supported"
+    elif getattr(model, "_is_stateful", False) or kinds:
+        problem = f"it has recurrent or hybrid layers ({', '.join(sorted(kinds)) or 'a state'}), not attention alone"
+    elif any(p.ndim == 3 for _, p in parameters):
+        expert = next(n for n, p in parameters if p.ndim == 3)
+        problem = f"it holds mixture-of-experts weights as 3-D parameters ({expert})"
+    elif not model._supports_attention_backend:
+        problem = "its attention does not go through transformers' attention interface"
+    elif rope & POSITION_DEPENDENT_ROPE:
+        problem = f"its rope type {', '.join(sorted(rope))} depends on the longest position of the whole packed row"
+    elif any(n.endswith("sinks") for n, _ in parameters):
+        problem = "its attention has sinks"
+    if problem:
+        raise ValueError(f"model: {name} is not supported: {problem}")
+
+
+def _rope_types(parameters: Any) -> set[str]:
+    """The rope types in a config's rope parameters, which may be nested by layer type."""
+    if not isinstance(parameters, dict):
+        return set()
+    found = {parameters[key] for key in ("rope_type", "type") if isinstance(parameters.get(key), str)}
+    return found.union(*(_rope_types(value) for value in parameters.values()))
+
+
+def head_shape(model: "PreTrainedModel") -> dict[str, Any]:
+    """What a model does to its logits after the head, as keywords of `linear_logprob` (softcap, logit_scale)."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or getattr(model, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor:
+        scale = divisor if "hyperclovax" in config.model_type else 1.0 / divisor
+    return {"softcap": getattr(config, "final_logit_softcapping", None), "logit_scale": float(scale)}

@@ -1,0 +1,7 @@
+"""Roles and adapters on transformers' decoders."""
+
+from rlhf_kernels.nn.hydra import HydraModel
+from rlhf_kernels.nn.lora import LoRALinear, LoraSpec, attach_adapters
+from rlhf_kernels.nn.roles import HydraOutput, Role, RoleOutput
+
+__all__ = ["HydraModel", "HydraOutput", "LoRALinear", "LoraSpec", "Role", "RoleOutput", "attach_adapters"]

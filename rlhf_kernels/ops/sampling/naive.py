@@ -1,8 +1,9 @@
 """`sample` in plain PyTorch: the definition.
 
-With u = (max logit - logit) / temperature, a token's weight is exp(-u) in fixed point (40 fractional bits, int64). Integer
-sums have no rounding, so the mass of a set, the cumulative distribution and with them the token do not depend on the
-order of additions; and because the exponential is spelled out in single fp32 operations, every backend draws the same.
+With u = (max logit - logit) / temperature, a token's weight is exp(-u) in fixed point (40 fractional bits, int64).
+Integer sums have no rounding, so the mass of a set, the cumulative distribution and with them the token do not depend
+on the order of additions; and because the exponential is spelled out in single fp32 operations, every backend draws
+the same.
 The token order of the filters is (u ascending, index ascending); each filter keeps a prefix of it.
 """
 
@@ -17,11 +18,18 @@ LARGEST_U = 87.3  # below exp(-87.3) fp32 is subnormal: the weight is 0
 ROUNDING_MAGIC = 12582912.0  # 1.5 * 2^23: adding it rounds an fp32 to an integer held in the low mantissa bits
 LOG2_E = 1.44269504088896341
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # LN2_HIGH has 9 bits, so n * LN2_HIGH is exact
-EXP_COEFFICIENTS = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+EXP_COEFFICIENTS = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
 
 
 def exp_weight(u: Tensor) -> Tensor:
-    """exp(-u) for fp32 u >= 0 (inf gives 0), one rounded fp32 operation after the other; error below 1 ulp."""
+    """exp(-u) for fp32 u >= 0 (inf gives 0), one rounded fp32 operation after the other; relative error below 1e-7."""
     x = -u.clamp(max=LARGEST_U)
     shifted = x * LOG2_E + ROUNDING_MAGIC
     n = shifted - ROUNDING_MAGIC
@@ -68,7 +76,6 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """logits [N, V]; all others [N]: temperature > 0, top_p float64, min_p_cut = -log(min_p) fp32, integers int64,
     greedy bool. Returns token int64 [N] and logprob fp32 [N]."""
-    n, v = logits.shape
     z = logits if logits.dtype == torch.float64 else logits.float()
     temperature = temperature.to(z.dtype)
     top = z.amax(-1)

@@ -1,6 +1,6 @@
 """Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), exact in int64 tensors.
 
-One draw of a row: key = (seed low, seed high), counter = (position, sample_index, stream low, stream high), each 32 bits.
+A row's draw: key = (seed low, seed high), counter = (position, sample_index, stream low, stream high), 32 bits each.
 The draw's 53 bits are the top bits of (output[1] << 32 | output[0]). csrc/cpu/sampling.cpp has the same layout.
 """
 
@@ -20,7 +20,12 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Te
     for _ in range(ROUNDS):
         # int64 products wrap modulo 2^64, so their bits are those of the unsigned product
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1, c2, c3 = (p1 >> 32 & LOW_32) ^ c1 ^ k0, p1 & LOW_32, (p0 >> 32 & LOW_32) ^ c3 ^ k1, p0 & LOW_32
+        c0, c1, c2, c3 = (
+            (p1 >> 32 & LOW_32) ^ c1 ^ k0,
+            p1 & LOW_32,
+            (p0 >> 32 & LOW_32) ^ c3 ^ k1,
+            p0 & LOW_32,
+        )
         k0, k1 = (k0 + KEY_STEPS[0]) & LOW_32, (k1 + KEY_STEPS[1]) & LOW_32
     return c0, c1, c2, c3
 

@@ -1,0 +1,75 @@
+"""ReMax (arXiv 2310.10505): policy gradient with the reward of the greedy completion as the baseline.
+
+    loss = -mean_b sum_t A_t log pi(y_t),   A_t = r(x, y) - r(x, y_greedy) - kl_coef sum_{s >= t} d_s   (detached)
+
+No critic, no ratio, no clipping; the baseline carries no KL. `kl_mode="one-step"` keeps only d_t, and
+`loss="token-mean"` divides by tokens instead of sequences: both as in the authors' repository.
+The paper trains every parameter beside a frozen reference copy; with `lora_r` > 0 the policy is an adapter on one base
+and the reference is that base with the adapter off.
+"""
+
+from rlhf_kernels import gae
+from rlhf_kernels.nn import HydraModel, Role
+from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss
+from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.rollout import Rollout
+
+
+def advantages(rollout: Rollout, config: TrainConfig) -> None:
+    """Reward above the greedy completion's, less the KL penalty from each token on."""
+    penalty = rollout.penalties
+    if config.kl_mode == "cumulative":  # sum over s >= t: GAE with gamma = lambda = 1 and no values
+        penalty, _ = gae(penalty, penalty * 0, lengths=rollout.completion_lengths, gamma=1.0, lam=1.0)
+    gain = rollout.scores - rollout.baselines
+    rollout.advantages = penalty + gain.repeat_interleave(rollout.completion_lengths)
+
+
+def loss(model: HydraModel, batch: Rollout, counts: Counts, config: TrainConfig) -> Loss:
+    """Advantage-weighted log-likelihood of the sampled tokens."""
+    out = model(
+        batch.tokens,
+        batch.lengths,
+        roles=("actor",),
+        prompt_lengths=batch.prompt_lengths,
+        temperature=config.temperature,
+    )
+    logprobs = out["actor"].logprob
+    count = counts.sequences if config.loss == "sequence" else counts.tokens
+    value = -(batch.advantages * logprobs).sum() / count
+    return Loss(value, {"loss/policy_avg": value.detach()}, logprobs.detach())
+
+
+def _layout(config: TrainConfig) -> Layout:
+    if config.lora_r:
+        roles = {"actor": Role("actor", "lm"), "reference": Role(None, "lm"), "reward": Role(None, "reward")}
+        return Layout(roles, adapters=("actor",))
+    roles = {
+        "actor": Role(None, "lm"),
+        "reference": Role(None, "lm", "reference"),
+        "reward": Role(None, "reward", "reference"),  # one frozen copy serves both heads
+    }
+    return Layout(roles, bases={"reference": "model"}, trained_bases=("base",))
+
+
+ROWS = (
+    Algorithm(
+        name="remax",
+        summary="policy gradient with a greedy baseline, no critic",
+        layout=_layout,
+        trained=("actor",),
+        loss=loss,
+        defaults={
+            "learning_rate": 1e-6,
+            "num_ppo_epochs": 1,
+            "kl_coef": 0.1,
+            "weight_decay": 0.1,
+            "adam_beta2": 0.95,
+            "lora_r": 0,
+            "lora_alpha": 32.0,
+            "vf_coef": 0.0,
+        },
+        scored=("actor", "reference"),
+        advantages=advantages,
+        greedy_baseline=True,
+    ),
+)

@@ -1,0 +1,175 @@
+"""`train(config)`: what every algorithm shares. Build, resume, step, log, evaluate, save; the rows say the rest.
+
+Order matters: everything that can be wrong with the input is found before the output directory is touched.
+"""
+
+import resource
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf_trainer import checkpoint
+from rlhf_trainer.algorithms import Algorithm, find, with_defaults
+from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.data import load_demonstrations, load_preferences, load_prompts
+from rlhf_trainer.errors import UserError
+from rlhf_trainer.metrics import MetricsLog
+from rlhf_trainer.models import Policy, build, load_tokenizer
+from rlhf_trainer.offline import Offline
+from rlhf_trainer.online import Online
+from rlhf_trainer.optim import Optimizer
+from rlhf_trainer.rewards import RewardError, build_rewards
+
+# What may change between a run and its resumption; any other difference would make the loss curves differ.
+FREE_ON_RESUME = {
+    "device",
+    "eval_prompts",
+    "eval_steps",
+    "kv_memory",
+    "logging_steps",
+    "max_active",
+    "num_sample_completions",
+    "output_dir",
+    "report",
+    "report_to",
+    "resume",
+    "save_steps",
+    "save_total_limit",
+    "slice_tokens",
+    "total_steps",
+}
+
+
+@dataclass
+class TrainResult:
+    """Where the results are, how many steps were done, the metrics of the last one and of all this process did."""
+
+    output_dir: Path
+    step: int
+    metrics: dict[str, float]
+    history: list[dict[str, float]]
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Runs `config.algorithm` from start (or, with `resume`, from the newest checkpoint) to `total_steps`.
+
+    Raises UserError, before anything is written, for input that cannot work; RewardError, after saving a checkpoint,
+    when a reward fails.
+    """
+    config = with_defaults(config.validate())
+    row = find(config.algorithm)
+    output_dir = Path(config.output_dir)
+    _check_output(output_dir, config)
+    torch.manual_seed(config.seed)
+    tokenizer = load_tokenizer(config)
+    phase, policy = _phase(config, row, tokenizer)
+    found = checkpoint.load(output_dir) if config.resume else None
+    start = 0
+    if found is not None:
+        _restore(found, config, phase, policy)
+        start = found.step
+    log = MetricsLog(output_dir, config, resume_step=start if config.resume else None)
+    history: list[dict[str, float]] = []
+    try:
+        for step in range(start, config.total_steps):
+            history.append(_step(phase, policy, step, config, log))
+    finally:
+        log.close()
+    policy.export(output_dir, tokenizer)
+    if config.report:
+        from rlhf_trainer.report import write_report
+
+        write_report(output_dir)
+    return TrainResult(output_dir, max(start, config.total_steps), history[-1] if history else {}, history)
+
+
+def _step(phase: Online | Offline, policy: Policy, step: int, config: TrainConfig, log: MetricsLog) -> dict[str, float]:
+    """Step number `step` (from 0), with its evaluation, its line in the log and its checkpoint."""
+    output_dir, done = Path(config.output_dir), step + 1
+    last = done == config.total_steps
+    try:
+        metrics = phase.step(step)
+    except RewardError:
+        _save(output_dir, step, phase, policy)
+        raise
+    evaluating = last or (config.eval_steps > 0 and done % config.eval_steps == 0)
+    if step == 0 or evaluating:
+        log.samples(done, phase.samples)
+    if evaluating:
+        try:
+            metrics |= phase.evaluate()
+        except RewardError:
+            _save(output_dir, done, phase, policy)
+            raise
+    metrics["memory/peak"] = float(_peak_bytes())
+    log.log(done, metrics)
+    if last or (config.save_steps > 0 and done % config.save_steps == 0):
+        _save(output_dir, done, phase, policy)
+    return metrics
+
+
+def _phase(config: TrainConfig, row: Algorithm, tokenizer: Any) -> tuple[Online | Offline, Policy]:
+    """Data and rewards first (cheap, and where most mistakes are), then the models."""
+    if row.data is not None:
+        rows: list[Any] = (
+            load_demonstrations(config, tokenizer)
+            if row.data == "demonstrations"
+            else load_preferences(config, tokenizer)
+        )
+        policy = build(config, row)
+        return Offline(policy.model, row, config, Optimizer(policy.groups, config, config.total_steps), rows), policy
+    prompts = load_prompts(config, tokenizer)
+    eval_prompts = load_prompts(config, tokenizer, "eval_prompts")
+    rewards = build_rewards(config)
+    policy = build(config, row)
+    updates = config.total_steps * (config.num_ppo_epochs or 1) * config.num_mini_batches
+    phase = Online(
+        policy.model,
+        row,
+        config,
+        Optimizer(policy.groups, config, updates),
+        prompts,
+        eval_prompts,
+        rewards,
+        lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
+        () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,),
+    )
+    return phase, policy
+
+
+def _check_output(output_dir: Path, config: TrainConfig) -> None:
+    if not config.resume and checkpoint.steps(output_dir):
+        raise UserError(
+            f"output_dir: {str(output_dir)!r} already holds checkpoints; resume=True goes on from them, "
+            "another output_dir starts anew"
+        )
+
+
+def _save(output_dir: Path, step: int, phase: Online | Offline, policy: Policy) -> None:
+    state = {"updates": phase.optimizer.updates, "phase": phase.state(), "config": asdict(phase.config)}
+    found = checkpoint.Checkpoint(step, dict(policy.trained), phase.optimizer.state_tensors(), state)
+    checkpoint.save(output_dir, found, phase.config.save_total_limit)
+
+
+def _restore(found: checkpoint.Checkpoint, config: TrainConfig, phase: Online | Offline, policy: Policy) -> None:
+    """Puts the checkpoint's state back; UserError when the run it belongs to was another one."""
+    saved = found.state["config"]
+    for name, value in asdict(config).items():
+        if name not in FREE_ON_RESUME and name in saved and saved[name] != value:
+            raise UserError(
+                f"resume: {name} was {saved[name]!r} in the checkpoint and is {value!r} now; they must agree"
+            )
+    with torch.no_grad():
+        for name, parameter in policy.trained.items():
+            parameter.copy_(found.model[name])
+    phase.optimizer.load_state_tensors(found.optimizer, found.state["updates"])
+    phase.load_state(found.state["phase"])
+
+
+def _peak_bytes() -> int:
+    """The most bytes held so far: on CUDA by tensors, else the process's resident peak."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB

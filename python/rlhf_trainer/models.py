@@ -1,0 +1,171 @@
+"""From a configuration and a layout to a HydraModel with its trained parameters by group, and back to files."""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from rlhf_kernels.nn import HydraModel, LoraSpec
+from rlhf_trainer import checkpoint
+from rlhf_trainer.algorithms import Algorithm, Layout
+from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.errors import UserError, one_line
+
+HEADS_FILE = "heads.safetensors"
+
+
+@dataclass
+class Policy:
+    """The models of a run; `trained`: the trained parameters by their names; `groups`: with learning rates."""
+
+    model: HydraModel
+    layout: Layout
+    trained: dict[str, nn.Parameter]
+    groups: dict[str, tuple[float, dict[str, nn.Parameter]]]
+
+    def export(self, output_dir: Path, tokenizer: Any) -> None:
+        """The result for other programs: PEFT adapters or checkpoints (the policy's at the top), heads, tokenizer."""
+
+        def write(directory: Path) -> None:
+            if self.layout.adapters:
+                self.model.save_pretrained(str(directory))
+            for role, spec in self.layout.roles.items():
+                if spec.base not in self.layout.trained_bases:
+                    continue
+                place = directory if spec.base == "base" else directory / spec.base
+                if not (place / "config.json").exists():
+                    self.model.base_model(role).save_pretrained(str(place))
+                if spec.head != "lm" and f"heads.{spec.head_key}.weight" in self.trained:
+                    head = self.trained[f"heads.{spec.head_key}.weight"].detach().cpu()
+                    save_file({f"{spec.head}.weight": head}, place / HEADS_FILE, metadata={"format": "pt"})
+            tokenizer.save_pretrained(str(directory))
+
+        staging = output_dir / "final"
+        shutil.rmtree(staging, ignore_errors=True)
+        checkpoint.atomic_directory(staging, write)
+        for entry in staging.iterdir():
+            target = output_dir / entry.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(entry, target)
+        staging.rmdir()
+
+
+def resolve(path: str) -> str:
+    """ "demo" is the embedded checkpoint's directory; anything else is what it says."""
+    if path == "demo":
+        from rlhf_trainer.demo import checkpoint_path
+
+        return str(checkpoint_path())
+    return path
+
+
+def load_tokenizer(config: TrainConfig) -> Any:
+    """The model's tokenizer; UserError when there is none."""
+    from transformers import AutoTokenizer
+
+    return _loading("model", config.model, lambda: AutoTokenizer.from_pretrained(resolve(config.model)))
+
+
+def build(config: TrainConfig, row: Algorithm) -> Policy:
+    """Loads the bases, attaches adapters, starts the critic's head from the reward head, and groups what is trained."""
+    layout = row.layout(config)
+    sources = {"model": config.model, "reward_model": config.reward_model or config.model}
+    _check_reward_head(config, layout, sources)
+    _check_rank(config, layout)
+    targets: Any = config.lora_target_modules
+    if targets != "all-linear":
+        targets = [name.strip() for name in targets.split(",")]
+    adapters = {name: LoraSpec(r=config.lora_r or 0, alpha=config.lora_alpha or 0.0) for name in layout.adapters}
+    model = _loading(
+        "model",
+        config.model,
+        lambda: HydraModel.from_pretrained(
+            resolve(config.model),
+            adapters=adapters,
+            roles=dict(layout.roles),
+            bases={name: resolve(sources[source]) for name, source in layout.bases.items()} or None,
+            train_base=list(layout.trained_bases),
+            target_modules=targets,
+            dtype=getattr(torch, config.dtype),
+            device=config.device,
+        ),
+    )
+    if layout.head_start is not None:
+        _start_critic(model, layout.head_start, _has_reward_head(resolve(sources[layout.head_source])))
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    groups = _groups(model, row, config)
+    trained = {name: parameter for _, members in groups.values() for name, parameter in members.items()}
+    kept = {id(parameter) for parameter in trained.values()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in kept)
+    return Policy(model, layout, trained, groups)
+
+
+def _groups(model: HydraModel, row: Algorithm, config: TrainConfig) -> dict[str, tuple[float, dict[str, nn.Parameter]]]:
+    """One group a trained role; what two roles share belongs to the first."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups: dict[str, tuple[float, dict[str, nn.Parameter]]] = {}
+    seen: set[int] = set()
+    for role in row.trained:
+        rate = config.critic_learning_rate if role == "critic" else config.learning_rate
+        members = {names[id(p)]: p for p in model.trainable_parameters(role) if id(p) not in seen}
+        seen.update(id(p) for p in members.values())
+        if members:
+            groups[role] = (float(rate or 0.0), members)
+    return groups
+
+
+def _start_critic(model: HydraModel, source: str, trained_head: bool) -> None:
+    """The critic's head is a trainable copy of the reward head; without a reward head values start at zero."""
+    if trained_head:
+        model.copy_head(source, "critic")
+    else:
+        nn.init.zeros_(model.trainable_parameters("critic")[-1])
+
+
+def _check_reward_head(config: TrainConfig, layout: Layout, sources: dict[str, str]) -> None:
+    """Rewards that nobody trained are an error, not noise."""
+    if config.reward or "reward" not in layout.roles or config.algorithm in ("reward", "hydra-sft"):
+        return
+    base = layout.roles["reward"].base
+    path = resolve(sources[layout.bases.get(base, "model")])
+    if not _has_reward_head(path):
+        raise UserError(
+            f"reward: {path!r} has no reward head ({HEADS_FILE}); give --reward pkg.mod:function, "
+            "or a model trained by `reward` or `hydra-sft`"
+        )
+
+
+def _check_rank(config: TrainConfig, layout: Layout) -> None:
+    if bool(config.lora_r) != bool(layout.adapters):
+        right = "at least 1: it trains adapters" if layout.adapters else "0: it trains whole models"
+        raise UserError(f"lora_r: is {config.lora_r}; {config.algorithm} needs {right}")
+
+
+def _has_reward_head(path: str) -> bool:
+    file = Path(path) / HEADS_FILE
+    if not file.is_file():
+        return False
+    with safe_open(str(file), framework="pt") as heads:
+        return "reward.weight" in heads.keys()  # noqa: SIM118
+
+
+def _loading(name: str, value: str, load: Callable[[], Any]) -> Any:
+    """Runs a loader; its errors about missing or unreadable files become one line that names the argument."""
+    try:
+        return load()
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{name}: {value!r} cannot be loaded: {one_line(error)[:200]}") from error
+    except ValueError as error:
+        raise UserError(f"{name}: {value!r}: {one_line(error)[:300]}") from error

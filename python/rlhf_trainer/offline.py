@@ -1,0 +1,60 @@
+"""One step of the algorithms that learn from a file: micro-batches of a batch, then one optimiser step."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_kernels.nn import HydraModel
+from rlhf_trainer.algorithms import Algorithm, Counts
+from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.data import BatchOrder, Demonstration
+from rlhf_trainer.optim import Optimizer
+
+
+@dataclass
+class Offline:
+    """The parts of an sft, reward or hydra-sft run; rows are demonstrations or preferences."""
+
+    model: HydraModel
+    row: Algorithm
+    config: TrainConfig
+    optimizer: Optimizer
+    rows: list[Any]
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        batch = self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+        self.order = BatchOrder(len(self.rows), batch, self.config.seed)
+
+    def step(self, step: int) -> dict[str, float]:
+        """Step number `step` (from 0); returns its metrics."""
+        started = time.perf_counter()
+        batch = [self.rows[i] for i in self.order.at(step)]
+        tokens = sum(_completion_tokens(row) for row in batch)
+        counts = Counts(float(tokens), float(len(batch)))
+        totals: dict[str, float] = {}
+        size = self.config.per_device_train_batch_size
+        for first in range(0, len(batch), size):
+            share = self.row.loss(self.model, batch[first : first + size], counts, self.config)
+            share.value.backward()
+            for name, value in share.metrics.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        totals |= self.optimizer.step()
+        return totals | {"num_tokens": float(tokens), "timing/update": time.perf_counter() - started}
+
+    def evaluate(self) -> dict[str, float]:
+        """Nothing is held out."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Nothing beyond the tensors and the position."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+
+
+def _completion_tokens(row: Any) -> int:
+    """Tokens that carry cross-entropy: without a prompt the first one has nothing to be predicted from."""
+    completion = row.completion if isinstance(row, Demonstration) else row.chosen
+    return len(completion) if row.prompt else len(completion) - 1

@@ -1,0 +1,138 @@
+"""The model as the engine sees it: packed tokens in, logits of the wanted rows out.
+
+A HydraModel brings its own packed forward (`decode`). A plain transformers causal LM is switched to packed attention and
+to eval mode while steps run, and is given back as it was.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels.integrations.transformers import ATTENTION, SlicedRows, check_decoder, packed_attention
+
+
+class Forward(Protocol):
+    """One causal LM, ready to run packed steps."""
+
+    lm: Any  # the transformers model, for its config, dtype and device
+
+    def prepared(self) -> Any:
+        """A context in which `logits` may be called."""
+
+    def logits(self, input_ids: Tensor, position_ids: Tensor, packed: SlicedRows, rows: Tensor) -> Tensor:
+        """input_ids and position_ids int64 [tokens], rows int64 [R], indices of tokens. Returns [R, vocabulary]."""
+
+
+class HydraForward:
+    """A role of a HydraModel, through its adapter."""
+
+    def __init__(self, model: Any, role: str) -> None:
+        if role not in model.roles:
+            raise ValueError(f"role is {role!r}; the model has {', '.join(sorted(model.roles))}")
+        if model.roles[role].head != "lm":
+            raise ValueError(
+                f"role is {role!r}, whose head is {model.roles[role].head!r}; generation needs the head 'lm'"
+            )
+        self.model, self.role = model, role
+        self.lm = model.base_model(role)
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        with eval_mode(self.model):
+            yield
+
+    def logits(self, input_ids: Tensor, position_ids: Tensor, packed: SlicedRows, rows: Tensor) -> Tensor:
+        return self.model.decode(self.role, input_ids, position_ids, packed, rows)
+
+
+class PlainForward:
+    """A transformers causal LM whose own attention implementation returns between steps."""
+
+    def __init__(self, model: Any) -> None:
+        from transformers import AttentionInterface
+
+        check_decoder(model)
+        AttentionInterface.register(ATTENTION, packed_attention)
+        self.lm = model
+        self._configs = _configs(model)
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        # The config objects may be shared with other models: theirs, too, is back before anyone else runs.
+        own = [config._attn_implementation_internal for config in self._configs]
+        for config in self._configs:
+            config._attn_implementation_internal = ATTENTION
+        try:
+            with eval_mode(self.lm):
+                yield
+        finally:
+            for config, name in zip(self._configs, own):
+                config._attn_implementation_internal = name
+
+    def logits(self, input_ids: Tensor, position_ids: Tensor, packed: SlicedRows, rows: Tensor) -> Tensor:
+        out = self.lm(
+            input_ids=input_ids[None],
+            position_ids=position_ids[None],
+            use_cache=False,
+            logits_to_keep=rows,
+            packed=packed,
+        )
+        return out.logits[0]
+
+
+def forward_of(model: Any, role: str) -> Forward:
+    """The forward of a HydraModel's role, or of a plain causal LM (then `role` is not used)."""
+    if hasattr(model, "decode") and hasattr(model, "roles"):
+        return HydraForward(model, role)
+    if not (hasattr(model, "set_attn_implementation") and hasattr(model, "get_output_embeddings")):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a HydraModel or a transformers causal LM")
+    return PlainForward(model)
+
+
+@contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Modules in training mode (dropout) are in eval mode inside, and back in training mode after."""
+    training = [module for module in model.modules() if module.training] if model.training else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def vocabulary(lm: Any) -> int:
+    """How many tokens the embedding knows."""
+    return lm.get_input_embeddings().weight.shape[0]
+
+
+def end_tokens(lm: Any) -> list[int]:
+    """The model's end-of-sequence tokens, from its generation config or else its config; an int or a list there."""
+    for config in (getattr(lm, "generation_config", None), lm.config):
+        tokens = getattr(config, "eos_token_id", None)
+        if tokens is not None:
+            return [int(token) for token in (tokens if isinstance(tokens, (list, tuple)) else [tokens])]
+    return []
+
+
+def most_positions(lm: Any) -> int | None:
+    """The longest sequence the model's positions reach, or None where its config sets no limit."""
+    return getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _configs(model: Any) -> list[Any]:
+    """Every config object that may carry an attention implementation, once each."""
+    found = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            found[id(config)] = config
+            for key in config.sub_configs:
+                sub = getattr(config, key, None)
+                if sub is not None:
+                    found[id(sub)] = sub
+    return list(found.values())

@@ -1,0 +1,40 @@
+"""What a generate call gives back."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+@dataclass(slots=True)
+class Rollout:
+    """One completion: its tokens (the stop token included), and each one's logprob under the distribution at the
+    prompt's temperature over the whole vocabulary, in fp32, taken from the logits it was sampled from."""
+
+    prompt_index: int
+    sample_index: int
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    greedy: bool
+
+
+@dataclass
+class GenerationStats:
+    """What the last generate call did, up to now while it streams. Times in seconds; tokens of all rollouts together."""
+
+    generated_tokens: int = 0
+    seconds: float = 0.0
+    host_seconds: float = 0.0  # planning, building arrays and book-keeping: everything but the model and the sampling
+    steps: int = 0
+    mean_active: float = 0.0  # sequences a step
+    preemptions: int = 0
+    prefix_tokens_shared: int = 0  # prompt tokens that read keys and values another sequence had computed
+    prompt_tokens_computed: int = 0  # prompt tokens that went through the model
+    recomputed_tokens: int = 0  # tokens that went through it once more after a preemption
+    peak_kv_bytes: int = 0  # the most bytes of leased slices, shared ones counted once
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated tokens a second of the call's own time (a stream's reader is not counted)."""
+        return self.generated_tokens / self.seconds if self.seconds else 0.0

@@ -1,0 +1,98 @@
+"""From a path, a hub id or a module to a frozen decoder that runs on packed rows."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlhf_kernels.integrations.transformers import check_decoder, use_packed_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HEADS_FILE = "heads.safetensors"
+
+
+def local_directory(source: "str | os.PathLike[str]") -> Path | None:
+    """The directory `source` names, or None where it can only be a hub id.
+
+    Raises ValueError for what looks like a path (absolute, ./, ../, ~, more than one slash, a parent that is here) and
+    is no directory: a typing error must not become a download.
+    """
+    text = os.fspath(source)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    looks_like_a_path = (
+        not isinstance(source, str)
+        or text.startswith((".", "~", os.sep))
+        or text.endswith("/")
+        or text.count("/") > 1
+        or ("/" in text and path.parent.is_dir())
+    )
+    if looks_like_a_path or not text:
+        raise ValueError(f"model: {text!r}: no such directory")
+    return None
+
+
+def load_decoder(
+    source: "str | os.PathLike[str] | PreTrainedModel", dtype: torch.dtype | None, device: "torch.device | str | None"
+) -> "PreTrainedModel":
+    """A causal decoder in eval mode, packed attention on. A module is taken over as it is (its dtype too)."""
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+    if isinstance(source, PreTrainedModel):
+        model = source
+    else:
+        directory = local_directory(source)
+        if directory is not None and not (directory / "config.json").is_file():
+            raise ValueError(f"model: {os.fspath(source)!r}: no config.json in this directory")
+        place = os.fspath(source) if directory is None else str(directory)
+        local = directory is not None
+        config = AutoConfig.from_pretrained(place, local_files_only=local)
+        if config.is_encoder_decoder:
+            raise ValueError(f"model: {place!r} is an encoder-decoder model; only causal decoders are supported")
+        model = AutoModelForCausalLM.from_pretrained(
+            place, dtype="auto" if dtype is None else dtype, local_files_only=local
+        )
+    check_decoder(model)
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise ValueError(f"model: {type(model).__name__} has no linear output head")
+    use_packed_attention(model)
+    if device is not None:
+        model.to(device)
+    return model.eval()
+
+
+def saved_base(path: "str | os.PathLike[str]") -> "str | os.PathLike[str]":
+    """`path` itself, or its subdirectory "base" where `path` is what HydraModel.save_pretrained wrote."""
+    directory = local_directory(path)
+    if directory is not None and not (directory / "config.json").is_file() and (directory / "base").is_dir():
+        return directory / "base"
+    return path
+
+
+def save_heads(heads: Mapping[str, nn.Linear], directory: Path) -> None:
+    tensors = {f"{key}.weight": head.weight.detach().cpu().contiguous() for key, head in heads.items()}
+    save_file(tensors, directory / HEADS_FILE, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def load_heads(heads: Mapping[str, nn.Linear], file: Path) -> None:
+    """Fills the heads that `file` has; the others stay. ValueError where a shape does not fit."""
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
+    for key, head in heads.items():
+        stored = tensors.get(f"{key}.weight")
+        if stored is None:
+            continue
+        if stored.shape != head.weight.shape:
+            raise ValueError(f"{file}: head {key!r} is {list(stored.shape)}; it must be {list(head.weight.shape)}")
+        head.weight.copy_(stored)

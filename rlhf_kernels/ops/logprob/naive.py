@@ -1,0 +1,145 @@
+"""The definition: full logits, log_softmax and sums over the vocabulary; gradients by PyTorch's autograd.
+
+Works in float64 when `hidden` is float64 (the oracle of the tests) and in float32 otherwise. The reference's logits are
+constants. Rows with `ignore_index` take part in nothing.
+"""
+
+import math
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels.ops.logprob.outputs import FIELDS, LinearLogprobOutput, LogprobOutput, sampled_estimator
+
+Lora = tuple[Tensor, Tensor, Tensor | int | None, float | Tensor]
+
+
+def head_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    delta: Tensor | None = None,
+) -> Tensor:
+    """z [N, V] of hidden [N, H] and weight [V, H]; `delta` [N, V] is added to the product (a low-rank update)."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    u = hidden.to(dtype) @ weight.to(dtype).t()
+    if delta is not None:
+        u = u + delta
+    if bias is not None:
+        u = u + bias.to(dtype)
+    u = logit_scale * u
+    if softcap:
+        u = softcap * torch.tanh(u / softcap)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(dtype).reshape(-1, 1)
+    return u / temperature
+
+
+def low_rank_logits(hidden: Tensor, lora: Lora) -> Tensor:
+    """scaling[e] * (x A_e^T) B_e^T for each row's adapter e, 0 where e = -1."""
+    a, b, index, scaling = lora
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    a, b = (a, b) if a.dim() == 3 else (a[None], b[None])
+    index = torch.zeros((), dtype=torch.long) if index is None else torch.as_tensor(index)
+    index = index.reshape(-1).expand(len(hidden)).to(hidden.device)
+    scales = torch.as_tensor(scaling, dtype=dtype, device=hidden.device).expand(len(a))
+    out = torch.zeros(len(hidden), b.shape[1], dtype=dtype, device=hidden.device)
+    for e in range(len(a)):
+        rows = (index == e).nonzero().squeeze(1)
+        update = scales[e] * (hidden[rows].to(dtype) @ a[e].to(dtype).t()) @ b[e].to(dtype).t()
+        out = out.index_add(0, rows, update)
+    return out
+
+
+def distribution_fields(z: Tensor, target: Tensor, z_ref: Tensor | None, names: Collection[str]) -> dict[str, Tensor]:
+    """The fields `names` of the rows of z [N, V] (and z_ref) at target [N]."""
+    lp = z.log_softmax(-1)
+    out = {"logprob": lp.gather(1, target[:, None]).squeeze(1), "lse": z.logsumexp(-1)}
+    if "entropy" in names:
+        out["entropy"] = -(lp.exp() * lp).sum(-1)
+    if z_ref is None:
+        return out
+    lq = z_ref.log_softmax(-1)
+    out["ref_logprob"] = lq.gather(1, target[:, None]).squeeze(1)
+    if "kl" in names:
+        out["kl"] = (lp.exp() * (lp - lq)).sum(-1)
+    if "rkl" in names:
+        out["rkl"] = (lq.exp() * (lq - lp)).sum(-1)
+    if "js" in names:
+        mean = torch.logaddexp(lp, lq) - math.log(2)
+        out["js"] = 0.5 * (lp.exp() * (lp - mean)).sum(-1) + 0.5 * (lq.exp() * (lq - mean)).sum(-1)
+    for name in ("k1", "k2", "k3"):
+        if name in names:
+            out[name] = sampled_estimator(name, out["logprob"], out["ref_logprob"])
+    return out
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    entropy: bool = False,
+    ref_hidden: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    divergence: Collection[str] = (),
+    lora: Lora | None = None,
+    grad_fields: Collection[str] | None = ("logprob",),
+) -> LinearLogprobOutput:
+    """As the public function, with full logits."""
+    flat = target.reshape(-1).long()
+    rows = (flat != ignore_index).nonzero().squeeze(1)
+    x, y = hidden.reshape(len(flat), hidden.shape[-1])[rows], flat[rows]
+    if isinstance(temperature, Tensor):
+        temperature = temperature.broadcast_to(target.shape).reshape(-1)[rows]
+    delta = None
+    if lora is not None:
+        a, b, index, scaling = lora
+        delta = low_rank_logits(x, (a, b, index.reshape(-1)[rows] if isinstance(index, Tensor) else index, scaling))
+    z = head_logits(x, weight, bias, temperature, softcap, logit_scale, delta)
+    z_ref = None
+    if ref_hidden is not None:
+        with torch.no_grad():
+            r = ref_hidden.reshape(len(flat), ref_hidden.shape[-1])[rows]
+            other = weight if ref_weight is None else ref_weight
+            z_ref = head_logits(r.to(x.dtype), other, bias, temperature, softcap, logit_scale)
+    names = {*divergence, *(("entropy",) if entropy else ())}
+    fields = distribution_fields(z, y, z_ref, names)
+    out = {}
+    for name, value in fields.items():
+        carries = grad_fields is None or name in grad_fields
+        full = value.new_zeros(len(flat)).index_copy(0, rows, value if carries else value.detach())
+        out[name] = full.reshape(target.shape)
+    return LinearLogprobOutput(**{name: out[name] for name in FIELDS if name in out})
+
+
+def logprob(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    entropy: bool = False,
+) -> LogprobOutput:
+    """As the public function, by log_softmax."""
+    flat = target.reshape(-1).long()
+    rows = (flat != ignore_index).nonzero().squeeze(1)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    z = logits.reshape(len(flat), logits.shape[-1])[rows].to(dtype)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.broadcast_to(target.shape).reshape(-1)[rows].to(dtype)[:, None]
+    fields = distribution_fields(z / temperature, flat[rows], None, ("entropy",) if entropy else ())
+    out = {
+        name: value.new_zeros(len(flat)).index_copy(0, rows, value).reshape(target.shape)
+        for name, value in fields.items()
+    }
+    return LogprobOutput(**out)

@@ -1,0 +1,187 @@
+"""Every algorithm's update once more, in plain PyTorch: padded rows, attention masks, transformers' own forward,
+adapters merged by hand. It shares no code with the trainer, and is written to be checked against the papers by eye."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+
+@dataclass
+class Net:
+    """A decoder's weights, an optional adapter {module: (A, B)} and an optional head [1, hidden]."""
+
+    skeleton: torch.nn.Module
+    weights: dict[str, Tensor]
+    adapter: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    scaling: float = 1.0
+    head: Tensor | None = None
+
+    def __call__(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, L, V] and final hidden states [B, L, H]."""
+        weights = dict(self.weights)
+        for module, (a, b) in self.adapter.items():
+            weights[f"{module}.weight"] = weights[f"{module}.weight"] + self.scaling * b @ a
+        inputs = {"input_ids": ids, "attention_mask": mask, "output_hidden_states": True, "use_cache": False}
+        out = functional_call(self.skeleton, weights, kwargs=inputs)
+        return out.logits, out.hidden_states[-1]
+
+    def leaves(self, with_head: bool = False) -> list[Tensor]:
+        """The adapter's tensors, or the base's where there is no adapter; the head too."""
+        own = [t for pair in self.adapter.values() for t in pair] if self.adapter else list(self.weights.values())
+        return [*own, self.head] if with_head else own
+
+
+@dataclass
+class Padded:
+    """Right-padded rows. ids, mask [B, L]; answer [B, L-1] marks places whose next token belongs to the completion."""
+
+    ids: Tensor
+    mask: Tensor
+    answer: Tensor
+
+
+def pad(rows: list[tuple[list[int], list[int]]]) -> Padded:
+    longest = max(len(p) + len(c) for p, c in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask, answer = torch.zeros_like(ids), torch.zeros(len(rows), longest - 1, dtype=torch.bool)
+    for i, (prompt, completion) in enumerate(rows):
+        whole = prompt + completion
+        ids[i, : len(whole)] = torch.tensor(whole)
+        mask[i, : len(whole)] = 1
+        answer[i, max(len(prompt) - 1, 0) : len(whole) - 1] = True
+    return Padded(ids, mask, answer)
+
+
+def logprobs(net: Net, rows: Padded, temperature: float = 1.0) -> Tensor:
+    logits, _ = net(rows.ids, rows.mask)
+    every = F.log_softmax(logits[:, :-1] / temperature, -1)
+    return every.gather(-1, rows.ids[:, 1:, None])[..., 0] * rows.answer
+
+
+def values(net: Net, rows: Padded) -> Tensor:
+    _, hidden = net(rows.ids, rows.mask)
+    return (hidden[:, :-1] @ net.head.T)[..., 0] * rows.answer
+
+
+def rewards(net: Net, rows: Padded) -> Tensor:
+    _, hidden = net(rows.ids, rows.mask)
+    last = rows.mask.sum(1) - 1
+    return (hidden[torch.arange(len(last)), last] @ net.head.T)[:, 0]
+
+
+def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+    chosen = x[mask]
+    out = (x - chosen.mean()) / torch.sqrt(chosen.var(correction=0) + 1e-8)
+    return (out if shift_mean else out + chosen.mean()) * mask
+
+
+def optimise(groups: list[tuple[list[Tensor], float]], config: Any) -> torch.optim.Optimizer:
+    """AdamW over groups of leaves; matrices decay, vectors do not."""
+    parts = []
+    for leaves, rate in groups:
+        for leaf in leaves:
+            leaf.requires_grad_(True)
+            decay = config.weight_decay if leaf.ndim >= 2 else 0.0
+            parts.append({"params": [leaf], "lr": rate, "weight_decay": decay})
+    return torch.optim.AdamW(parts, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
+
+
+def descend(loss: Tensor, groups: list[tuple[list[Tensor], float]], adam: torch.optim.Optimizer, config: Any) -> None:
+    adam.zero_grad()
+    loss.backward()
+    for leaves, _ in groups:
+        torch.nn.utils.clip_grad_norm_(leaves, config.max_grad_norm)
+    adam.step()
+
+
+def shaped(score: Tensor, finished: Tensor, config: Any) -> Tensor:
+    if config.reward_clip is not None:
+        score = torch.clip(score, -config.reward_clip, config.reward_clip)
+    if config.missing_eos_penalty is not None:
+        score = torch.where(finished, score, score - config.missing_eos_penalty)
+    return score
+
+
+def ppo(nets: dict[str, Net], sequences: list, finished: Tensor, config: Any, joint: bool = False) -> list[float]:
+    """nets: actor, critic, reference, reward. Steps the actor's and critic's tensors; returns each loss."""
+    actor, critic = nets["actor"], nets["critic"]
+    rows = pad(sequences)
+    with torch.no_grad():
+        old, old_values = logprobs(actor, rows, config.temperature), values(critic, rows)
+        reference = logprobs(nets["reference"], rows, config.temperature)
+        score = shaped(rewards(nets["reward"], rows), finished, config)
+        reward = -config.kl_coef * (old - reference)
+        ends = [int(places.nonzero()[-1]) for places in rows.answer]
+        for i, end in enumerate(ends):
+            reward[i, end] += score[i]
+        if config.whiten_rewards:
+            reward = whiten(reward, rows.answer, shift_mean=False)
+        advantage = torch.zeros_like(reward)
+        for i in range(len(ends)):
+            running, following = 0.0, 0.0
+            for t in reversed(rows.answer[i].nonzero()[:, 0].tolist()):
+                delta = reward[i, t] + config.gamma * following - old_values[i, t]
+                running = delta + config.gamma * config.lam * running
+                advantage[i, t], following = running, old_values[i, t]
+        returns = advantage + old_values * rows.answer
+        advantage = whiten(advantage, rows.answer)
+    critic_leaves = [critic.head] if joint else critic.leaves(with_head=True)
+    groups = [(actor.leaves(), config.learning_rate), (critic_leaves, config.critic_learning_rate)]
+    adam = optimise(groups, config)
+    losses = []
+    for _ in range(config.num_ppo_epochs):
+        new, value = logprobs(actor, rows, config.temperature), values(critic, rows)
+        ratio = torch.exp(new - old)
+        surrogate = torch.min(
+            advantage * ratio, advantage * torch.clip(ratio, 1 - config.cliprange, 1 + config.cliprange)
+        )
+        near = torch.clip(value, old_values - config.cliprange_value, old_values + config.cliprange_value)
+        square = torch.max((value - returns) ** 2, (near - returns) ** 2)
+        loss = -surrogate[rows.answer].mean() + config.vf_coef * 0.5 * square[rows.answer].mean()
+        losses.append(loss.item())
+        descend(loss, groups, adam, config)
+    return losses
+
+
+def remax(
+    nets: dict[str, Net], sampled: list, greedy: list, finished: tuple[Tensor, Tensor], config: Any
+) -> list[float]:
+    """sampled[i] and greedy[i] answer the same prompt; finished: of the sampled and of the greedy ones."""
+    actor, rows = nets["actor"], pad(sampled)
+    with torch.no_grad():
+        gain = shaped(rewards(nets["reward"], rows), finished[0], config)
+        gain = gain - shaped(rewards(nets["reward"], pad(greedy)), finished[1], config)
+        k1 = logprobs(actor, rows, config.temperature) - logprobs(nets["reference"], rows, config.temperature)
+        penalty = config.kl_coef * k1
+        if config.kl_mode == "cumulative":
+            penalty = penalty.flip(1).cumsum(1).flip(1)
+        advantage = (gain[:, None] - penalty) * rows.answer
+    groups = [(actor.leaves(), config.learning_rate)]
+    adam = optimise(groups, config)
+    weighted = (advantage * logprobs(actor, rows, config.temperature)).sum()
+    loss = -weighted / (len(sampled) if config.loss == "sequence" else rows.answer.sum())
+    descend(loss, groups, adam, config)
+    return [loss.item()]
+
+
+def supervised(nets: dict[str, Net], batch: list, config: Any) -> list[float]:
+    """sft (actor only), reward (reward only) and hydra-sft (both): rows have prompt, chosen, rejected."""
+    chosen = pad([(row.prompt, row.chosen) for row in batch])
+    rejected = pad([(row.prompt, row.rejected) for row in batch])
+    actor, reward = nets.get("actor"), nets.get("reward")
+    groups = [(actor.leaves(), config.learning_rate)] if actor else []
+    if reward:
+        groups.append(([reward.head] if actor else reward.leaves(with_head=True), config.learning_rate))
+    adam = optimise(groups, config)
+    loss = torch.zeros(())
+    if actor:
+        loss = loss - logprobs(actor, chosen)[chosen.answer].mean()
+    if reward:
+        margin = rewards(reward, chosen) - rewards(reward, rejected)
+        loss = loss + (config.reward_loss_coef if actor else 1.0) * torch.log1p(torch.exp(-margin)).mean()
+    descend(loss, groups, adam, config)
+    return [loss.item()]
