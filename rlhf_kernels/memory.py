@@ -1,12 +1,14 @@
 """plan(): the bytes of every role before anything is allocated.
 
-Parameters are counted on the model itself, built on torch's meta device (no weights are loaded), adapters on the Linears
-they would replace. Weights, gradients and optimiser state are exact; activations and scratch are estimates, marked "~".
+Parameters are counted on the model itself, built on torch's meta device (no weights are loaded), adapters on the
+Linears they would replace. Weights, gradients and optimiser state are exact; activations and scratch are estimates
+(marked "~").
 The KV arena sleeps while the update runs, so the peak is the static bytes plus the larger of the two phases.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_kernels.memory_size import parse_bytes
@@ -21,7 +23,7 @@ MOMENTS = {"adamw": 2, "sgd": 0}  # fp32 numbers an optimiser keeps for each tra
 
 @dataclass(frozen=True)
 class Base:
-    """One copy of the model. `scalar`: read through a value or reward head alone, so its output head has no gradient."""
+    """One copy of the model. `scalar`: read through a scalar head alone, so its output head has no gradient."""
 
     role: str
     trained: bool = False
@@ -179,6 +181,25 @@ def plan(
     return Plan(title, (*static, *shape.rows(batch)), parameters, budget_bytes, at_batch)
 
 
+def comparison(config_or_path: Any, algorithms: Iterable[str] = tuple(LAYOUTS), **kwargs: Any) -> str:
+    """A table with a line an algorithm; `kwargs` as for `plan`. Factors are static bytes over those of hydra-ppo."""
+    plans = {name: plan(config_or_path, name, **kwargs) for name in algorithms}
+    unit = plans["hydra-ppo"].static if "hydra-ppo" in plans else None
+    lines = []
+    for name, one in plans.items():
+        copies, adapters = len(LAYOUTS[name].bases), len(LAYOUTS[name].adapters)
+        line = [name, f"{copies} x {adapters}", _size(one.static), f"{one.static / one.parameters:.2f}"]
+        line += [f"{one.static / unit:.2f}x"] if unit else []
+        line += ["~" + _size(one.total)]
+        line += [str(one.largest_batch)] if one.budget is not None else []
+        lines.append(tuple(line))
+    header = ["", "bases x adapters", "static", "bytes/param"]
+    header += ["of hydra-ppo"] if unit else []
+    header += ["peak"] + (["largest batch"] if kwargs.get("budget") is not None else [])
+    first = next(iter(plans.values()))
+    return first.title.partition(": ")[2] + "\n" + columns(tuple(header), lines)
+
+
 def meta_model(config_or_path: Any, dtype: "str | torch.dtype") -> "nn.Module":
     """The causal LM of a config on the meta device: every shape, no storage. ValueError for what is not a model."""
     import torch
@@ -188,6 +209,8 @@ def meta_model(config_or_path: Any, dtype: "str | torch.dtype") -> "nn.Module":
     if wanted not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: {dtype!r} is not float32 or bfloat16")
     config = config_or_path
+    if isinstance(config, str) and config.startswith(("/", ".", "~")) and not Path(config).exists():
+        raise ValueError(f"config_or_path: {config!r} does not exist")
     try:
         if not isinstance(config, PretrainedConfig):
             config = AutoConfig.from_pretrained(str(config))
@@ -199,8 +222,10 @@ def meta_model(config_or_path: Any, dtype: "str | torch.dtype") -> "nn.Module":
 
 
 def _without_reward_copy(layout: Layout) -> Layout:
+    """Without the frozen reward model. Its head goes too, unless it is the only one: that then reads the reference."""
     bases = tuple(b for b in layout.bases if b.role != "reward" or b.trained)
-    heads = layout.heads if len(bases) == len(layout.bases) else tuple(h for h in layout.heads if h[0] != "reward")
+    gone = len(bases) < len(layout.bases) and len(layout.heads) > 1
+    heads = tuple(h for h in layout.heads if not (gone and h[0] == "reward"))
     return Layout(bases, layout.adapters, heads, layout.passes, layout.heads_lm, layout.rollout)
 
 
@@ -225,7 +250,7 @@ def _static_rows(
 
 
 def adapter_parameters(model: Any, rank: int, target_modules: str | list[str] = "all-linear") -> list[Any]:
-    """The A [r, K] and B [N, r] of one fp32 adapter, on the meta device, for every Linear of `model` it would replace."""
+    """The A [r, K] and B [N, r] of one fp32 adapter, on the meta device, for every Linear it would replace."""
     import torch
 
     from rlhf_kernels.nn.lora import targeted
@@ -244,7 +269,7 @@ def _nbytes(tensors: Iterable[Any]) -> int:
 
 
 def _trained(name: str, tensors: list[Any], moments: int, idle: list[Any]) -> PlanRow:
-    """Weights and gradients in their dtype; fp32 masters of lower precisions; moments; AdamW's step (4 bytes a tensor)."""
+    """Weights and gradients in their dtype; fp32 masters of lower precisions; moments; AdamW's step (4 bytes)."""
     active = [t for t in tensors if not any(t is other for other in idle)]
     masters = sum(4 * t.numel() for t in tensors if t.element_size() < 4)
     state = sum(4 * moments * t.numel() + (4 if moments else 0) for t in active)

@@ -60,7 +60,7 @@ inline int64_t forward_scratch(const Options& o, int64_t tokens) {
   return tokens * o.group * (padded(o.d) + padded(o.dv) + 32) + 16 * (padded(o.d) + padded(o.dv)) + 64;
 }
 inline int64_t backward_scratch(const Options& o, int64_t tokens) {
-  return tokens * o.group * (2 * padded(o.d) + padded(o.dv) + 2 + 32) + 16 * (3 * padded(o.d) + 3 * padded(o.dv)) + 96;
+  return tokens * o.group * (2 * padded(o.d) + padded(o.dv) + 3 + 32) + 16 * (3 * padded(o.d) + 3 * padded(o.dv)) + 96;
 }
 
 // scratch is aligned to 64 bytes.

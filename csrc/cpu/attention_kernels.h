@@ -7,6 +7,9 @@
 
 #include "attention_vec.h"
 
+// A function of its own in the object code; it takes no vectors, so its call is the same in every instruction set.
+#define TILE static __attribute__((noinline))
+
 constexpr int64_t BLOCK = 16;
 constexpr float NEVER = -1e30f;  // the running maximum before any key; finite, so that NEVER - NEVER is no NaN
 
@@ -29,18 +32,11 @@ LEAF void dots(const float* x, int64_t stride, const float* packed, int64_t widt
   if constexpr (R > 2) s[2] = e2 + o2, s[3] = e3 + o3;
 }
 
-// y[i][c] += sum_j w[i * wi + j * wj] * x[j][c] for R rows i; j in order.
+// y[i][c] += sum_j w[i * wi + j * wj] * x[j][c] for R rows i; the sum runs over j in order, then is added to y.
 template <int R, int W>
 LEAF void accumulate_columns(float* y, int64_t ys, const float* w, int64_t wi, int64_t wj, const float* x, int64_t xs,
                              int64_t count) {
-  f16 a0 = load(y), a1{}, a2{}, a3{}, b0{}, b1{}, b2{}, b3{};
-  if constexpr (R > 1) a1 = load(y + ys);
-  if constexpr (R > 2) a2 = load(y + 2 * ys), a3 = load(y + 3 * ys);
-  if constexpr (W > 1) {
-    b0 = load(y + 16);
-    if constexpr (R > 1) b1 = load(y + ys + 16);
-    if constexpr (R > 2) b2 = load(y + 2 * ys + 16), b3 = load(y + 3 * ys + 16);
-  }
+  f16 a0{}, a1{}, a2{}, a3{}, b0{}, b1{}, b2{}, b3{};
   for (int64_t j = 0; j < count; ++j, x += xs, w += wj) {
     const f16 x0 = load(x), x1 = W > 1 ? load(x + 16) : f16{};
     a0 += w[0] * x0;
@@ -52,13 +48,13 @@ LEAF void accumulate_columns(float* y, int64_t ys, const float* w, int64_t wi, i
       if constexpr (R > 2) b2 += w[2 * wi] * x1, b3 += w[3 * wi] * x1;
     }
   }
-  store(y, a0);
-  if constexpr (R > 1) store(y + ys, a1);
-  if constexpr (R > 2) store(y + 2 * ys, a2), store(y + 3 * ys, a3);
+  add(y, a0);
+  if constexpr (R > 1) add(y + ys, a1);
+  if constexpr (R > 2) add(y + 2 * ys, a2), add(y + 3 * ys, a3);
   if constexpr (W > 1) {
-    store(y + 16, b0);
-    if constexpr (R > 1) store(y + ys + 16, b1);
-    if constexpr (R > 2) store(y + 2 * ys + 16, b2), store(y + 3 * ys + 16, b3);
+    add(y + 16, b0);
+    if constexpr (R > 1) add(y + ys + 16, b1);
+    if constexpr (R > 2) add(y + 2 * ys + 16, b2), add(y + 3 * ys + 16, b3);
   }
 }
 
@@ -68,6 +64,17 @@ LEAF void accumulate(float* y, int64_t ys, const float* w, int64_t wi, int64_t w
   int64_t c = 0;
   for (; c + 32 <= width; c += 32) accumulate_columns<R, 2>(y + c, ys, w, wi, wj, x + c, xs, count);
   if (c < width) accumulate_columns<R, 1>(y + c, ys, w, wi, wj, x + c, xs, count);
+}
+
+// y[j] += sum_r w[r * 16 + j] * x[r] for the 16 keys j of a block, in partial sums of 64 rows: one chain over all rows
+// of a long sequence would lose digits.
+TILE void accumulate_keys(float* y, const float* w, const float* x, int64_t rows, int64_t width) {
+  for (int64_t r = 0; r < rows; r += 64) {
+    const int64_t count = rows - r < 64 ? rows - r : 64;
+    for (int64_t j = 0; j < BLOCK; j += 4) {
+      accumulate<4>(y + j * width, width, w + r * 16 + j, 1, 16, x + r * width, width, count, width);
+    }
+  }
 }
 
 // A row as floats, times factor, then zeros up to the padded width.
@@ -84,7 +91,7 @@ LEAF void narrow_row(const float* from, int64_t width, float factor, T* to) {
 }
 
 template <typename T>
-LEAF void pack_transposed(const T* const* rows, int64_t width, float* packed) {
+TILE void pack_transposed(const T* const* rows, int64_t width, float* packed) {
   for (int64_t c = 0; c < width; c += 16) transpose_16x16(rows, c, width - c, packed + 16 * c);
 }
 
@@ -109,6 +116,18 @@ LEAF bool block_rows(const KeyRows<T>& keys, int64_t first, int64_t count, const
   return together;
 }
 
+// Asks for a block before it is needed: it may lie in another slice, where no hardware prefetch would go.
+template <typename T>
+LEAF void prefetch_block(const KeyRows<T>& keys, int64_t first, int64_t left, int64_t d, int64_t dv) {
+  const T *k[BLOCK], *v[BLOCK];
+  const int64_t count = left < BLOCK ? left : BLOCK;
+  block_rows(keys, first, count, k, v);
+  for (int64_t j = 0; j < count; ++j) {
+    for (int64_t c = 0; c < d; c += 64 / sizeof(T)) __builtin_prefetch(k[j] + c);
+    for (int64_t c = 0; c < dv; c += 64 / sizeof(T)) __builtin_prefetch(v[j] + c);
+  }
+}
+
 struct Mask {  // which keys of a block a query at `position` sees
   int64_t first, window;
   __attribute__((always_inline)) bool needed(int64_t low, int64_t high) const {  // for some query at low..high
@@ -117,8 +136,8 @@ struct Mask {  // which keys of a block a query at `position` sees
   __attribute__((always_inline)) bool none(int64_t low, int64_t high) const {
     return first > high || (window && first + BLOCK - 1 < low - window + 1);
   }
-  __attribute__((always_inline)) f16 apply(int64_t position, f16 seen, f16 otherwise) const {
-    const f16 ahead = all(float(position - first)) - lanes();  // how far the query is past the key
+  __attribute__((always_inline)) f16 apply(float position, f16 seen, f16 otherwise) const {
+    const f16 ahead = (position - float(first)) - lanes();  // how far the query is past the key
     f16 s = ahead < 0.0f ? otherwise : seen;
     if (window) s = ahead >= float(window) ? otherwise : s;
     return s;
@@ -127,15 +146,15 @@ struct Mask {  // which keys of a block a query at `position` sees
 
 // The running softmax of a job's rows.
 struct Rows {
-  float *q, *o, *l, *m;  // [rows, padded d], [rows, padded dv], [rows, 16] partial sums, [rows] maxima
-  int64_t d, dv;         // padded
+  float *q, *o, *l, *m, *at;  // [rows, padded d], [rows, padded dv], [rows, 16] partial sums, maxima, positions
+  int64_t d, dv;              // padded
 };
 
 // One block for R rows from `row` on: scores, new maximum, rescale where it moved, weighted values.
 template <int R>
-LEAF void attend_tile(const Rows& rows, int64_t row, const Options& options, int64_t first_position, const Mask& mask,
-                      const float* kt, const float* v, int64_t vs, int64_t count) {
-  const int64_t low = first_position + row / options.group, high = first_position + (row + R - 1) / options.group;
+TILE void attend_tile(const Rows& rows, int64_t row, const Options& options, const Mask& mask, const float* kt,
+                      const float* v, int64_t vs, int64_t count) {
+  const int64_t low = int64_t(rows.at[row]), high = int64_t(rows.at[row + R - 1]);
   if (mask.none(low, high)) return;
   f16 s[R];
   dots<R>(rows.q + row * rows.d, rows.d, kt, rows.d, s);
@@ -143,9 +162,10 @@ LEAF void attend_tile(const Rows& rows, int64_t row, const Options& options, int
   alignas(64) float moved[16] = {};
   const bool masked = mask.needed(low, high);
   bool any = false;
+#pragma GCC unroll 4
   for (int i = 0; i < R; ++i) {
     if (options.softcap > 0) s[i] = hyperbolic_tangent(s[i] * (1.0f / options.softcap)) * options.softcap;
-    if (masked) s[i] = mask.apply(first_position + (row + i) / options.group, s[i], all(-__builtin_inff()));
+    if (masked) s[i] = mask.apply(rows.at[row + i], s[i], all(-__builtin_inff()));
     const float before = rows.m[row + i], top = largest(s[i]);
     if (top > before) moved[i] = before - top, rows.m[row + i] = top, any = true;
     const f16 p = exponential(s[i] - rows.m[row + i]);
@@ -171,11 +191,12 @@ LEAF void forward_job(const ForwardJob<T>& job, float* scratch) {
   const int64_t group = options.group, count = job.tokens * group, d = padded(options.d), dv = padded(options.dv);
   float* kt = scratch;
   float* values = kt + 16 * d;
-  Rows rows{values + 16 * dv, nullptr, nullptr, nullptr, d, dv};
-  rows.o = rows.q + count * d, rows.l = rows.o + count * dv, rows.m = rows.l + count * 16;
+  Rows rows{values + 16 * dv, nullptr, nullptr, nullptr, nullptr, d, dv};
+  rows.o = rows.q + count * d, rows.l = rows.o + count * dv, rows.m = rows.l + count * 16, rows.at = rows.m + count;
   for (int64_t r = 0; r < count; ++r) {
     widen_row(job.q + r / group * job.q_token + r % group * job.q_head, options.d, options.scale, rows.q + r * d);
     rows.m[r] = NEVER;
+    rows.at[r] = float(job.first_position + r / group);
   }
   for (int64_t c = 0; c < count * (dv + 16); c += 16) store(rows.o + c, f16{});
 
@@ -192,11 +213,12 @@ LEAF void forward_job(const ForwardJob<T>& job, float* scratch) {
       for (int64_t j = 0; j < here; ++j) widen_row(v[j], options.dv, 1.0f, values + j * dv);
       v0 = values, vs = dv;
     }
+    if (first + BLOCK < end) prefetch_block(job.keys, first + BLOCK, end - first - BLOCK, options.d, options.dv);
     const Mask mask{first, options.window};
     int64_t r = 0;
-    for (; r + 4 <= count; r += 4) attend_tile<4>(rows, r, options, job.first_position, mask, kt, v0, vs, here);
-    if (r + 2 <= count) attend_tile<2>(rows, r, options, job.first_position, mask, kt, v0, vs, here), r += 2;
-    if (r < count) attend_tile<1>(rows, r, options, job.first_position, mask, kt, v0, vs, here);
+    for (; r + 4 <= count; r += 4) attend_tile<4>(rows, r, options, mask, kt, v0, vs, here);
+    if (r + 2 <= count) attend_tile<2>(rows, r, options, mask, kt, v0, vs, here), r += 2;
+    if (r < count) attend_tile<1>(rows, r, options, mask, kt, v0, vs, here);
   }
 
   for (int64_t r = 0; r < count; ++r) {
@@ -206,15 +228,23 @@ LEAF void forward_job(const ForwardJob<T>& job, float* scratch) {
   }
 }
 
-// P and dS of R rows against a block: p = e^(s - lse), ds = p (dO.v - D), through the softcap's slope where there is
-// one.
+// What the backward pass keeps of a job's rows.
+struct GradientRows {
+  float *q, *grad, *dq;   // [rows, padded d], [rows, padded dv], [rows, padded d]
+  float *p, *ds;          // [rows, 16]: of the block at hand
+  float *lse, *dot, *at;  // [rows]: log-sum-exp, D = dO.O, position
+  int64_t d, dv;          // padded
+};
+
+// R rows against a block: p = e^(s - lse), ds = p (dO.v - D), through the softcap's slope where there is one; dq += ds
+// k.
 template <int R>
-LEAF void score_gradients(const float* q, const float* grad, int64_t d, int64_t dv, const float* kt, const float* vt,
-                          const float* lse, const float* dot, const Options& options, const Mask& mask, int64_t row,
-                          float* p, float* ds) {
+TILE void gradient_tile(const GradientRows& rows, int64_t row, const Options& options, const Mask& mask,
+                        const float* kt, const float* vt, const float* k, int64_t count) {
   f16 s[R], dp[R];
-  dots<R>(q + row * d, d, kt, d, s);
-  dots<R>(grad + row * dv, dv, vt, dv, dp);
+  dots<R>(rows.q + row * rows.d, rows.d, kt, rows.d, s);
+  dots<R>(rows.grad + row * rows.dv, rows.dv, vt, rows.dv, dp);
+#pragma GCC unroll 4
   for (int i = 0; i < R; ++i) {
     f16 slope = all(1.0f);
     if (options.softcap > 0) {
@@ -222,11 +252,11 @@ LEAF void score_gradients(const float* q, const float* grad, int64_t d, int64_t 
       s[i] = t * options.softcap;
       slope = 1.0f - t * t;
     }
-    const int64_t position = (row + i) / options.group;
-    const f16 weight = exponential(s[i] - lse[row + i]);
-    store(p + (row + i) * 16, mask.apply(position, weight, f16{}));
-    store(ds + (row + i) * 16, mask.apply(position, weight * (dp[i] - dot[row + i]) * slope, f16{}));
+    const f16 p = exponential(s[i] - rows.lse[row + i]), ds = p * (dp[i] - rows.dot[row + i]) * slope;
+    store(rows.p + (row + i) * 16, mask.apply(rows.at[row + i], p, f16{}));
+    store(rows.ds + (row + i) * 16, mask.apply(rows.at[row + i], ds, f16{}));
   }
+  accumulate<R>(rows.dq + row * rows.d, rows.d, rows.ds + row * 16, 16, 1, k, rows.d, count, rows.d);
 }
 
 // One sequence and one key/value head. P and dS of a block are kept for all rows, then summed three ways.
@@ -235,18 +265,25 @@ LEAF void backward_job(const BackwardJob<T>& job, float* scratch) {
   const Options& options = job.options;
   const int64_t group = options.group, count = job.tokens * group, d = padded(options.d), dv = padded(options.dv);
   float *kt = scratch, *vt = kt + 16 * d, *keys = vt + 16 * dv, *dk = keys + 16 * d, *dvalues = dk + 16 * d;
-  float *q = dvalues + 16 * dv, *grad = q + count * d, *dq = grad + count * dv;
-  float *p = dq + count * d, *ds = p + count * 16, *lse = ds + count * 16, *dot = lse + count;
+  GradientRows rows;
+  rows.d = d, rows.dv = dv;
+  rows.q = dvalues + 16 * dv, rows.grad = rows.q + count * d, rows.dq = rows.grad + count * dv;
+  rows.p = rows.dq + count * d, rows.ds = rows.p + count * 16;
+  rows.lse = rows.ds + count * 16, rows.dot = rows.lse + count, rows.at = rows.dot + count;
   for (int64_t r = 0; r < count; ++r) {
-    const int64_t t = r / group, h = r % group, at = t * job.out_token + h * options.dv;
-    widen_row(job.q + t * job.q_token + h * job.q_head, options.d, options.scale, q + r * d);
-    widen_row(job.grad + at, options.dv, 1.0f, grad + r * dv);
-    lse[r] = job.lse[t * job.lse_token + h];
-    float sum = 0;
-    for (int64_t c = 0; c < options.dv; ++c) sum += widen(job.out[at + c]) * grad[r * dv + c];
-    dot[r] = sum;
+    const int64_t t = r / group, h = r % group, place = t * job.out_token + h * options.dv;
+    widen_row(job.q + t * job.q_token + h * job.q_head, options.d, options.scale, rows.q + r * d);
+    widen_row(job.grad + place, options.dv, 1.0f, rows.grad + r * dv);
+    rows.lse[r] = job.lse[t * job.lse_token + h];
+    rows.at[r] = float(t);
+    f16 sum{};
+    for (int64_t c = 0; c < dv; c += 16) {
+      const f16 o = c + 16 <= options.dv ? load(job.out + place + c) : load_some(job.out + place + c, options.dv - c);
+      sum += o * load(rows.grad + r * dv + c);
+    }
+    rows.dot[r] = total(sum);
   }
-  for (int64_t c = 0; c < count * d; c += 16) store(dq + c, f16{});
+  for (int64_t c = 0; c < count * d; c += 16) store(rows.dq + c, f16{});
 
   for (int64_t first = 0; first < job.tokens; first += BLOCK) {
     const int64_t here = job.tokens - first < BLOCK ? job.tokens - first : BLOCK;
@@ -263,31 +300,19 @@ LEAF void backward_job(const BackwardJob<T>& job, float* scratch) {
     const int64_t begin = first * group, end = last * group;
     const Mask mask{first, options.window};
     int64_t r = begin;
-    for (; r + 4 <= end; r += 4) {
-      score_gradients<4>(q, grad, d, dv, kt, vt, lse, dot, options, mask, r, p, ds);
-      accumulate<4>(dq + r * d, d, ds + r * 16, 16, 1, keys, d, here, d);
-    }
-    for (; r < end; ++r) {
-      score_gradients<1>(q, grad, d, dv, kt, vt, lse, dot, options, mask, r, p, ds);
-      accumulate<1>(dq + r * d, d, ds + r * 16, 16, 1, keys, d, here, d);
-    }
-    for (int64_t j = 0; j < BLOCK; j += 4) {
-      accumulate<4>(dk + j * d, d, ds + begin * 16 + j, 1, 16, q + begin * d, d, end - begin, d);
-      accumulate<4>(dvalues + j * dv, dv, p + begin * 16 + j, 1, 16, grad + begin * dv, dv, end - begin, dv);
-    }
+    for (; r + 4 <= end; r += 4) gradient_tile<4>(rows, r, options, mask, kt, vt, keys, here);
+    for (; r < end; ++r) gradient_tile<1>(rows, r, options, mask, kt, vt, keys, here);
+    accumulate_keys(dk, rows.ds + begin * 16, rows.q + begin * d, end - begin, d);
+    accumulate_keys(dvalues, rows.p + begin * 16, rows.grad + begin * dv, end - begin, dv);
     for (int64_t j = 0; j < here; ++j) {
       narrow_row(dk + j * d, options.d, 1.0f, job.dk + (first + j) * job.dk_token);
       narrow_row(dvalues + j * dv, options.dv, 1.0f, job.dv + (first + j) * job.dv_token);
     }
   }
   for (int64_t r = 0; r < count; ++r) {
-    narrow_row(dq + r * d, options.d, options.scale, job.dq + r / group * job.dq_token + r % group * options.d);
+    narrow_row(rows.dq + r * d, options.d, options.scale, job.dq + r / group * job.dq_token + r % group * options.d);
   }
 }
 
 #undef LEAF
-#undef ROTATED
-#undef ZIP_LOW
-#undef ZIP_HIGH
-#undef ZIP
-#undef ZIP_ROUND
+#undef TILE

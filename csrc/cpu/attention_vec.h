@@ -14,6 +14,7 @@ LEAF f16 load(const bf16_bits* p) {
   return (f16)(__builtin_convertvector(*reinterpret_cast<const h16_anywhere*>(p), u16) << 16);
 }
 LEAF void store(float* p, f16 x) { *reinterpret_cast<f16_anywhere*>(p) = x; }
+LEAF void add(float* p, f16 x) { store(p, load(p) + x); }
 LEAF f16 all(float x) { return f16{} + x; }
 LEAF f16 maximum(f16 a, f16 b) { return a > b ? a : b; }
 
@@ -35,26 +36,33 @@ LEAF f16 load_some(const T* p, int64_t count) {
   return load(some);
 }
 
+#ifdef __AVX512F__
 #define ROTATED(x, n)                                                                                            \
   __builtin_shuffle(x, i16{(0 + n) & 15, (1 + n) & 15, (2 + n) & 15, (3 + n) & 15, (4 + n) & 15, (5 + n) & 15,   \
                            (6 + n) & 15, (7 + n) & 15, (8 + n) & 15, (9 + n) & 15, (10 + n) & 15, (11 + n) & 15, \
                            (12 + n) & 15, (13 + n) & 15, (14 + n) & 15, (15 + n) & 15})
-
-LEAF float largest(f16 x) {
-  x = maximum(x, ROTATED(x, 8));
-  x = maximum(x, ROTATED(x, 4));
-  x = maximum(x, ROTATED(x, 2));
-  x = maximum(x, ROTATED(x, 1));
+#define FOLD(x, operation)         \
+  x = operation(x, ROTATED(x, 8)); \
+  x = operation(x, ROTATED(x, 4)); \
+  x = operation(x, ROTATED(x, 2)); \
+  x = operation(x, ROTATED(x, 1)); \
   return x[0];
-}
-
-LEAF float total(f16 x) {
-  x = x + ROTATED(x, 8);
-  x = x + ROTATED(x, 4);
-  x = x + ROTATED(x, 2);
-  x = x + ROTATED(x, 1);
-  return x[0];
-}
+LEAF f16 sum(f16 a, f16 b) { return a + b; }
+LEAF float largest(f16 x){FOLD(x, maximum)} LEAF float total(f16 x){FOLD(x, sum)}
+#undef FOLD
+#undef ROTATED
+#else  // a shuffle of 16 lanes would be taken apart lane by lane
+#define FOLD(x, operation)                                        \
+  alignas(64) float a[16];                                        \
+  store(a, x);                                                    \
+  for (int n = 8; n; n /= 2)                                      \
+    for (int i = 0; i < n; ++i) a[i] = operation(a[i], a[i + n]); \
+  return a[0];
+LEAF float maximum(float a, float b) { return a > b ? a : b; }
+LEAF float sum(float a, float b) { return a + b; }
+LEAF float largest(f16 x){FOLD(x, maximum)} LEAF float total(f16 x){FOLD(x, sum)}
+#undef FOLD
+#endif
 
 // e^x for x <= 0 or near it; exactly 0 below -87, where the result would be subnormal. Cephes' polynomial, about 1 ulp.
 LEAF f16 exponential(f16 x) {
@@ -87,27 +95,40 @@ LEAF f16 hyperbolic_tangent(f16 x) {
   return size < 0.625f ? near : (x < 0.0f ? -far : far);
 }
 
+// to[c * 16 + j] = rows[j][c] for 16 rows and 16 columns, of which the first `columns` are read and the others are 0.
+template <typename T>
+LEAF void transpose_16x16(const T* const* rows, int64_t start, int64_t columns, float* to) {
+#ifdef __AVX512F__
 #define ZIP_LOW(a, b) __builtin_shuffle(a, b, i16{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23})
 #define ZIP_HIGH(a, b) __builtin_shuffle(a, b, i16{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31})
 #define ZIP(x, i, j, lo, hi) const f16 lo = ZIP_LOW(x##i, x##j), hi = ZIP_HIGH(x##i, x##j);
 // One round zips row i with row i + 8; four rounds transpose.
-#define ZIP_ROUND(x, y)                                                                                     \
-  ZIP(x, 0, 8, y##0, y##1)                                                                                  \
-  ZIP(x, 1, 9, y##2, y##3)                                                                                  \
-  ZIP(x, 2, 10, y##4, y##5) ZIP(x, 3, 11, y##6, y##7) ZIP(x, 4, 12, y##8, y##9) ZIP(x, 5, 13, y##10, y##11) \
-      ZIP(x, 6, 14, y##12, y##13) ZIP(x, 7, 15, y##14, y##15)
+#define ZIP_ROUND(x, y)     \
+  ZIP(x, 0, 8, y##0, y##1)  \
+  ZIP(x, 1, 9, y##2, y##3)  \
+  ZIP(x, 2, 10, y##4, y##5) \
+  ZIP(x, 3, 11, y##6, y##7) \
+  ZIP(x, 4, 12, y##8, y##9) ZIP(x, 5, 13, y##10, y##11) ZIP(x, 6, 14, y##12, y##13) ZIP(x, 7, 15, y##14, y##15)
 
-// to[c * 16 + j] = rows[j][c] for 16 rows and 16 columns, of which the first `columns` are read and the others are 0.
-template <typename T>
-LEAF void transpose_16x16(const T* const* rows, int64_t start, int64_t columns, float* to) {
 #define ROW(j) const f16 a##j = columns >= 16 ? load(rows[j] + start) : load_some(rows[j] + start, columns);
   ROW(0)
   ROW(1)
-  ROW(2) ROW(3) ROW(4) ROW(5) ROW(6) ROW(7) ROW(8) ROW(9) ROW(10) ROW(11) ROW(12) ROW(13) ROW(14) ROW(15)
+  ROW(2)
+  ROW(3)
+  ROW(4)
+  ROW(5) ROW(6) ROW(7) ROW(8) ROW(9) ROW(10) ROW(11) ROW(12) ROW(13) ROW(14) ROW(15)
 #undef ROW
       ZIP_ROUND(a, b) ZIP_ROUND(b, c) ZIP_ROUND(c, d) ZIP_ROUND(d, e)
 #define COLUMN(j) store(to + 16 * j, e##j);
           COLUMN(0) COLUMN(1) COLUMN(2) COLUMN(3) COLUMN(4) COLUMN(5) COLUMN(6) COLUMN(7) COLUMN(8) COLUMN(9) COLUMN(10)
               COLUMN(11) COLUMN(12) COLUMN(13) COLUMN(14) COLUMN(15)
 #undef COLUMN
+#undef ZIP_ROUND
+#undef ZIP
+#undef ZIP_HIGH
+#undef ZIP_LOW
+#else
+  for (int j = 0; j < 16; ++j)
+    for (int c = 0; c < 16; ++c) to[c * 16 + j] = c < columns ? widen(rows[j][start + c]) : 0.0f;
+#endif
 }

@@ -94,14 +94,13 @@ struct JsSums {
 };
 
 // With h half the log ratio and a = sqrt(p q), a column's share is a (h sinh h - cosh h log cosh h): nothing cancels.
-CLONES JsSums js_chunk(const float* z, const float* zr, int64_t n, float lse, float ratio) {
+CLONES JsSums js_chunk(const float* z, const float* zr, int64_t n, float lse, float lse_low, float ratio) {
   float js_sum = 0, mean_sum = 0;
 #pragma omp simd reduction(+ : js_sum, mean_sum)
   for (int64_t i = 0; i < n; ++i) {
-    const float log_p = z[i] - lse;
+    const float log_p = (z[i] - lse) - lse_low;
     const float t = (zr[i] - z[i]) - ratio, h = 0.5f * t, x = h * h;
     const float p = vec::exp(log_p), q = vec::exp(log_p + t);
-    const float log_cosh = vec::log_cosh(h);
     float g = -8.28145785e-5f;
     g = g * x + 3.60898125e-4f;
     g = g * x - 1.38821174e-3f;
@@ -109,8 +108,8 @@ CLONES JsSums js_chunk(const float* z, const float* zr, int64_t n, float lse, fl
     g = g * x + 8.3599e-10f;
     g = g * x + 0.5f;
     const float near = p * vec::exp(h) * (x * g);
-    const float p_part = p > 0.0f ? p * (-h - log_cosh) : 0.0f;
-    const float q_part = q > 0.0f ? q * (h - log_cosh) : 0.0f;
+    const float p_part = p > 0.0f ? p * -vec::log_cosh_plus(h) : 0.0f;
+    const float q_part = q > 0.0f ? q * -vec::log_cosh_plus(-h) : 0.0f;
     js_sum += vec::abs(h) < 0.5f ? near : 0.5f * (p_part + q_part);
     mean_sum += p_part;
   }
@@ -120,14 +119,13 @@ CLONES JsSums js_chunk(const float* z, const float* zr, int64_t n, float lse, fl
 CLONES void grad_ratio(float* z, const float* zr, int64_t n, Coefficients c) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    float log_p = z[i] - c.lse;
+    float log_p = (z[i] - c.lse) - c.lse_low;
     const float t = (zr[i] - z[i]) - c.ratio;
     const float q = vec::exp(log_p + t);
     log_p = log_p < -200.0f ? -200.0f : log_p;
     const float p = vec::exp(log_p);
     const float less = vec::abs(t) < 1.0f ? -p * vec::expm1(t) : p - q;  // p - q
-    const float half = 0.5f * t;
-    const float mean = -half - vec::log_cosh(half);  // log p - log((p + q) / 2)
+    const float mean = -vec::log_cosh_plus(0.5f * t);                    // log p - log((p + q) / 2)
     const float inner = c.constant + c.entropy * log_p - c.kl * t + c.js * mean;
     z[i] = (p > 0.0f ? p * inner : 0.0f) + c.rkl * less;
   }
@@ -286,11 +284,13 @@ void head_exp(Tensor z, Tensor target, std::optional<Tensor> bias, Tensor temper
   });
 }
 
-// Adds a block's shares of JS and of KL(p || (p + q) / 2) to sums [2, rows] (fp64). lse, ratio: fp32 [rows].
+// Adds a block's shares of JS and of KL(p || (p + q) / 2) to sums [2, rows] (fp64). lse (a sum of two, [2, rows]) and
+// ratio [rows] are fp32.
 void head_js(Tensor z, Tensor zr, std::optional<Tensor> bias, Tensor temperature, double softcap, double scale,
              bool raw, Tensor lse, Tensor ratio, Tensor sums) {
   const int64_t rows = z.size(0), n = z.size(1);
   const Transform to_z{data<float>(bias), data<float>(temperature), float(scale), float(softcap), raw};
+  const float* high = data<float>(lse);
   each_row(rows, n, [&](int64_t i) {
     float *row = data<float>(z) + i * n, *other = data<float>(zr) + i * n;
     to_z(row, i, n);
@@ -299,16 +299,16 @@ void head_js(Tensor z, Tensor zr, std::optional<Tensor> bias, Tensor temperature
     clamp_and_max(other, n);
     for (int64_t j = 0; j < n; j += kChunk) {
       const JsSums part =
-          js_chunk(row + j, other + j, std::min(kChunk, n - j), data<float>(lse)[i], data<float>(ratio)[i]);
+          js_chunk(row + j, other + j, std::min(kChunk, n - j), high[i], high[rows + i], data<float>(ratio)[i]);
       data<double>(sums)[i] += part.js;
       data<double>(sums)[rows + i] += part.kl_mean;
     }
   });
 }
 
-// Turns a block of logits into the gradient of the raw logits. coefficients [9, rows] (fp32): lse, ratio, constant,
-// entropy, kl, rkl, js as in Coefficients, then the log-probability's upstream gradient g (which `constant` holds as
-// -g) and g (1 - p_target). scratch [rows, n] is used with a softcap only.
+// Turns a block of logits into the gradient of the raw logits. coefficients [10, rows] (fp32): the members of
+// Coefficients in order, then the log-probability's upstream gradient g (which `constant` holds as -g) and
+// g (1 - p_target). scratch [rows, n] is used with a softcap only.
 void head_grad(Tensor z, std::optional<Tensor> zr, Tensor target, std::optional<Tensor> bias, Tensor temperature,
                double softcap, double scale, bool raw, Tensor coefficients, std::optional<Tensor> scratch) {
   const int64_t rows = z.size(0), n = z.size(1);
@@ -324,8 +324,8 @@ void head_grad(Tensor z, std::optional<Tensor> zr, Tensor target, std::optional<
       to_z(other, i, n);
       clamp_and_max(other, n);
     }
-    const Coefficients k{
-        c[i], c[rows + i], c[2 * rows + i], c[3 * rows + i], c[4 * rows + i], c[5 * rows + i], c[6 * rows + i]};
+    const auto column = [&](int64_t k) { return c[k * rows + i]; };
+    const Coefficients k{column(0), column(1), column(2), column(3), column(4), column(5), column(6), column(7)};
     float* capped = nullptr;
     if (softcap > 0) {
       capped = data<float>(*scratch) + i * n;
@@ -336,14 +336,14 @@ void head_grad(Tensor z, std::optional<Tensor> zr, Tensor target, std::optional<
     float at_target = 0;
     if (here) {  // once more for the target alone, without the log-probability's share, which is added exactly
       Coefficients rest = k;
-      rest.constant += c[7 * rows + i];
+      rest.constant += column(8);
       at_target = row[t];
       if (other != nullptr) {
         grad_ratio(&at_target, other + t, 1, rest);
       } else {
         grad_plain(&at_target, 1, rest);
       }
-      at_target += c[8 * rows + i];
+      at_target += column(9);
     }
     if (other != nullptr) {
       grad_ratio(row, other, n, k);

@@ -64,7 +64,7 @@ void forward_rows(const Tensor& logits, const int64_t* target, const float* temp
   const int64_t rows = logits.size(0), n = logits.size(1), stride = logits.stride(0);
   each_row(rows, n, [&](int64_t i) {
     if (target[i] == ignore_index) {
-      out[i] = out[rows + i] = out[2 * rows + i] = out[3 * rows + i] = 0;
+      for (int64_t k = 0; k < 5; ++k) out[k * rows + i] = 0;
       return;
     }
     const T* row = data<T>(logits) + i * stride;
@@ -83,6 +83,7 @@ void forward_rows(const Tensor& logits, const int64_t* target, const float* temp
     out[rows + i] = float(whole.lse);
     out[2 * rows + i] = float(whole.entropy);
     out[3 * rows + i] = float(-std::expm1(logprob));
+    out[4 * rows + i] = float(whole.lse - out[rows + i]);
   });
 }
 
@@ -97,8 +98,8 @@ void backward_rows(const Tensor& logits, const int64_t* target, const float* tem
       std::fill(d, d + n, T(0));
       return;
     }
-    const float upstream = c[3 * rows + i];
-    const Coefficients k{c[i], 0, c[rows + i], c[2 * rows + i], 0, 0, 0};
+    const float upstream = c[4 * rows + i];
+    const Coefficients k{c[i], c[rows + i], 0, c[2 * rows + i], c[3 * rows + i], 0, 0, 0};
     Coefficients rest = k;
     rest.constant += upstream;
     float z[kWidth];
@@ -110,7 +111,7 @@ void backward_rows(const Tensor& logits, const int64_t* target, const float* tem
       if (here) {  // the log-probability's share g (1 - p) is added exactly
         at_target = z[t];
         grad_plain(&at_target, 1, rest);
-        at_target += c[4 * rows + i];
+        at_target += c[5 * rows + i];
       }
       grad_plain(z, width, k);
       if (here) z[t] = at_target;
@@ -119,7 +120,8 @@ void backward_rows(const Tensor& logits, const int64_t* target, const float* tem
   });
 }
 
-// out [4, rows] (fp32): logprob, lse, entropy, 1 - p_target; 0 where the target is ignore_index.
+// out [5, rows] (fp32): logprob, lse, entropy, 1 - p_target, and what lse lost by rounding; 0 where the target is
+// ignore_index.
 void logprob_rows(Tensor logits, Tensor target, Tensor temperature, int64_t ignore_index, Tensor out) {
   const auto* y = data<int64_t>(target);
   const auto* t = data<float>(temperature);
@@ -130,8 +132,8 @@ void logprob_rows(Tensor logits, Tensor target, Tensor temperature, int64_t igno
   if (logits.scalar_type() == ScalarType::Half) forward_rows<_Float16>(logits, y, t, ignore_index, o);
 }
 
-// Gradient of the logits into out, which may be the logits themselves. coefficients [5, rows] (fp32): lse, constant,
-// entropy, the log-probability's upstream gradient g (held as -g in constant), g (1 - p_target).
+// Gradient of the logits into out, which may be the logits themselves. coefficients [6, rows] (fp32): lse as a sum
+// of two, constant, entropy, the log-probability's upstream gradient g (held as -g in constant), g (1 - p_target).
 void logprob_rows_backward(Tensor logits, Tensor target, Tensor temperature, int64_t ignore_index, Tensor coefficients,
                            Tensor out) {
   const auto* y = data<int64_t>(target);

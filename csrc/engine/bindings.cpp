@@ -57,7 +57,7 @@ PYBIND11_MODULE(_engine, m) {
       .def("expect", &PrefixTree::expect, py::arg("node"))
       .def("forget", &PrefixTree::forget, py::arg("node"))
       .def("assign", &PrefixTree::assign, py::arg("node"), py::arg("slice"), py::arg("sequence"))
-      .def("publish", &PrefixTree::publish, py::arg("node"))
+      .def("publish", &PrefixTree::publish, py::arg("node"), py::arg("step") = 0)
       .def("lease", &PrefixTree::lease, py::arg("node"))
       .def("leave", &PrefixTree::leave, py::arg("node"))
       .def("evict", &PrefixTree::evict)

@@ -51,6 +51,13 @@ void PrefixTree::assign(int node, int slice, int sequence) {
   forget(node);
 }
 
+void PrefixTree::publish(int node, int64_t step) {
+  PrefixNode& n = nodes_[node];
+  if (n.slice == kNone) throw std::logic_error("node " + std::to_string(node) + " has no slice");
+  n.ready = true;
+  n.written = step;
+}
+
 void PrefixTree::leave(int node) {
   PrefixNode& n = nodes_[node];
   if (n.ready && n.pending > 0 && !n.held) {

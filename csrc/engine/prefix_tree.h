@@ -25,6 +25,7 @@ struct PrefixNode {
   int end = 0;               // position after its last token
   int slice = kNone;         // where they lie; kNone: nowhere
   bool ready = false;        // written by the end of the step that is being planned
+  int64_t written = kNone;   // the step that wrote it
   bool held = false;         // the tree has a reference of its own
   int64_t left = 0;          // when a leaseholder last left, for the order of eviction
   int pending = 0;           // see above
@@ -47,7 +48,7 @@ class PrefixTree {
   void forget(int node);                           // one less
   int lease(int node);                             // a sequence that was pending shares the node's slice
   void assign(int node, int slice, int sequence);  // a sequence that was pending computes the node into its own slice
-  void publish(int node) { nodes_[node].ready = true; }  // its tokens are written by the end of this step
+  void publish(int node, int64_t step);            // its tokens are written by the end of the step
   void leave(int node);  // a leaseholder goes; one that will come back has been expected before
 
   void begin_departure() { ++clock_; }  // nodes left from here on count as left at the same time

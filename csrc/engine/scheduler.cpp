@@ -99,8 +99,14 @@ void Scheduler::schedule(int number, int& budget) {
   if (!follow(number)) return;
   const int left = s.length() - s.fed;
   const bool decodes = left == 1 && s.generated() > 0;
-  const int count = decodes ? 1 : std::min(left, budget);
+  int count = decodes ? 1 : std::min(left, budget);
   if (count == 0) return;
+  const int last = (static_cast<int>(s.path.size()) - 1) * slice_tokens_;  // where the prompt's last node begins
+  if (s.generated() == 0 && s.fed + count > last) {  // one computes a prompt's last logits, for all that have it
+    int& lead = end_node(s).lead;
+    if (lead == kNone) lead = number;
+    if (lead != number) count = last - s.fed;
+  }
   for (int index = s.fed / slice_tokens_; index <= (s.fed + count - 1) / slice_tokens_; ++index)
     if (!provide(number, index)) return;
   if (!decodes) budget -= count;
@@ -112,11 +118,7 @@ bool Scheduler::follow(int number) {
   const int last = static_cast<int>(s.path.size()) - 1;
   while (s.passed <= last && s.fed == s.passed * slice_tokens_) {
     const int node = s.path[s.passed];
-    if (s.passed == last && s.generated() == 0) {  // one sequence computes a prompt's last logits, for all that have it
-      int& lead = tree_[node].lead;
-      if (lead == kNone) lead = number;
-      return lead == number;
-    }
+    if (s.passed == last && s.generated() == 0) return tree_[node].lead == kNone || tree_[node].lead == number;
     if (tree_[node].slice == kNone) return true;
     if (!tree_[node].ready) return false;
     s.table.push_back(tree_.lease(node));
@@ -152,7 +154,8 @@ bool Scheduler::own_tail(int number, int index) {
     int& appender = tree_[node].appender;
     if (appender == kNone) appender = number;  // one sharer writes behind the shared tokens, where no other looks
     if (appender == number) return true;
-    if (pool_.free_count() == 0) {  // the appender itself may be the one to give way
+    if (tree_[node].written == counters_.steps) return false;  // copies come before the forward: wait for the next step
+    if (pool_.free_count() == 0) {                             // the appender itself may be the one to give way
       if (!make_room(number)) return false;
       continue;
     }
@@ -186,14 +189,13 @@ void Scheduler::emit(int number, int count) {
   s.fed += count;
   s.farthest = std::max(s.farthest, s.fed);
   for (int i = (s.fed - count) / slice_tokens_; i < s.passed; ++i)
-    if (tree_[s.path[i]].writer == number && tree_[s.path[i]].end <= s.fed) tree_.publish(s.path[i]);
+    if (tree_[s.path[i]].writer == number && tree_[s.path[i]].end <= s.fed) tree_.publish(s.path[i], counters_.steps);
   step_.rows.push_back(number);
   step_.context_lens.push_back(s.fed);
   step_.cu_q.push_back(static_cast<int>(step_.input_ids.size()));
   if (s.fed < s.length()) return;
   step_.logit_rows.push_back(static_cast<int64_t>(step_.input_ids.size()) - 1);
   if (s.generated() > 0) return draw(number);
-  end_node(s).lead = kNone;
   for (int member : end_node(s).members)
     if (sequences_[member].state != State::kDone && sequences_[member].generated() == 0) draw(member);
 }

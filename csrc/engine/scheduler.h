@@ -86,7 +86,7 @@ class Scheduler {
   void admit(int budget);
   void schedule(int number, int& budget);
   bool follow(int number);               // leases what others have computed; false: must wait for them
-  bool provide(int number, int index);   // a slice to write to at table[index]; false: preempted itself
+  bool provide(int number, int index);   // a slice to write to at table[index]; false: not in this step
   bool own_tail(int number, int index);  // the same where others may share the tail
   bool make_room(int number);            // one free slice at least; false: preempted itself
   void emit(int number, int count);      // its next `count` tokens join the step

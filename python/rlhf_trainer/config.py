@@ -165,7 +165,7 @@ class TrainConfig:
 @cache
 def config_parser() -> Any:
     """The one parser behind flags, YAML and keywords."""
-    return build_parser(TrainConfig, GROUPS, prog="rlhf-train ALGORITHM", add_help=False)
+    return build_parser(TrainConfig)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -188,10 +188,10 @@ def check_combinations(config: TrainConfig) -> None:
     _check_device(config.device)
     _check_kv_memory(config.kv_memory)
     _check_trackers(config.report_to)
-    if config.prompts is None and config.model != "demo":
-        raise UserError("prompts: needed (a JSONL file or a `datasets` name) with any model other than demo")
     for key in ("model", "reward_model", "prompts", "eval_prompts"):
         _check_path(key, getattr(config, key))
+    if config.prompts is None and config.model != "demo":
+        raise UserError("prompts: needed (a JSONL file or a `datasets` name) with any model other than demo")
     if config.reward_weights and len(config.reward_weights) != len(config.reward):
         raise UserError(
             f"reward_weights: {len(config.reward_weights)} weights for {len(config.reward)} rewards; give one for each"
@@ -218,7 +218,7 @@ def _check_device(device: str) -> None:
 
 
 def _check_kv_memory(value: str | int) -> None:
-    from rlhf_kernels.memory import parse_bytes
+    from rlhf_kernels.memory_size import parse_bytes
 
     try:
         parse_bytes(value)

@@ -270,9 +270,9 @@ def _read_jsonl(path: str) -> Iterator[tuple[str, Row]]:
 
 
 def _read_dataset(name: str) -> Iterator[tuple[str, Row]]:
-    """`name`, `name:split` or `name/config:split` is not guessed at: NAME[:SPLIT], split "train" unless said."""
+    """A directory that `datasets` saved, or NAME[:SPLIT] of a dataset, split "train" unless said."""
     dataset, _, split = name.partition(":")
-    if name.endswith((".jsonl", ".json")) or name.startswith((".", "/", "~")):
+    if name.endswith((".jsonl", ".json")) or (name.startswith((".", "/", "~")) and not Path(dataset).is_dir()):
         raise UserError(f"prompts: {name!r} does not exist")
     try:
         import datasets

@@ -24,7 +24,7 @@ SHOWN: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("reward", ("reward", "objective/scores"), "{:+.3f}"),
     ("kl", ("objective/kl",), "{:.4f}"),
     ("length", ("completions/mean_length",), "{:.1f}"),
-    ("tok/s", ("sampling/tokens_per_second", "tokens_per_second"), "{:,.0f}"),
+    ("tok/s", ("sampling/tokens_per_second", "timing/tokens_per_second"), "{:,.0f}"),
 )
 
 

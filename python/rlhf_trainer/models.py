@@ -83,12 +83,13 @@ def build(config: TrainConfig, row: Algorithm) -> Policy:
     targets: Any = config.lora_target_modules
     if targets != "all-linear":
         targets = [name.strip() for name in targets.split(",")]
+    adapters = {name: LoraSpec(r=config.lora_r or 0, alpha=config.lora_alpha or 0.0) for name in layout.adapters}
     model = _loading(
         "model",
         config.model,
         lambda: HydraModel.from_pretrained(
             resolve(config.model),
-            adapters={name: LoraSpec(r=config.lora_r, alpha=config.lora_alpha) for name in layout.adapters},
+            adapters=adapters,
             roles=dict(layout.roles),
             bases={name: resolve(sources[source]) for name, source in layout.bases.items()} or None,
             train_base=list(layout.trained_bases),
@@ -128,7 +129,7 @@ def _start_critic(model: HydraModel, source: str, trained_head: bool) -> None:
     if trained_head:
         model.copy_head(source, "critic")
     else:
-        nn.init.zeros_(model.heads[model.roles["critic"].head_key].weight)
+        nn.init.zeros_(model.trainable_parameters("critic")[-1])
 
 
 def _check_reward_head(config: TrainConfig, layout: Layout, sources: dict[str, str]) -> None:

@@ -50,7 +50,7 @@ class Online:
         longest = max((*self.prompts, *self.eval_prompts), key=lambda prompt: len(prompt.tokens))
         params = sampling_params(self.config, self.end_tokens, greedy_baseline=self.row.greedy_baseline)
         try:
-            self.generator.stream([longest.tokens], params, role="actor").close()  # checks now, generates nothing
+            self.generator.stream([longest.tokens], params, role="actor")  # checks now; generates when it is read
         except ValueError as error:
             name = "kv_memory" if isinstance(error, KVBudgetError) else "prompts"
             raise UserError(f"{name}: {one_line(error)}") from error

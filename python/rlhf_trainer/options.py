@@ -7,9 +7,10 @@ Nothing here imports torch, so that `--help` is quick.
 import difflib
 import math
 import re
+import textwrap
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field, fields
+from dataclasses import MISSING, field, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .errors import UserError, one_line
@@ -76,28 +77,45 @@ def describe(annotation: Any) -> str:
     return str(annotation)
 
 
-def build_parser(cls: type, groups: Mapping[str, str], **kwargs: Any) -> Any:
-    """A jsonargparse parser with one flag a field of `cls`; `groups`: a section's first field to its title."""
+def build_parser(cls: type) -> Any:
+    """A jsonargparse parser with one flag a field of dataclass `cls`."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(exit_on_error=False, **kwargs)
-    group: Any = parser
+    parser = ArgumentParser(exit_on_error=False, add_help=False)
     hints = get_type_hints(cls)
     for item in fields(cls):
-        if item.name in groups:
-            group = parser.add_argument_group(groups[item.name])
         hint = hints[item.name]
-        choices = item.metadata.get("choices")
-        text = item.metadata["help"] + (f" ({' | '.join(choices)})" if choices else "")
         flag = "--" + item.name
         if get_origin(hint) is list:
             default: Any = item.default_factory()  # type: ignore[misc,operator]
-            group.add_argument(flag, type=get_args(hint)[0], nargs="*", default=default, help=text)
+            parser.add_argument(flag, type=get_args(hint)[0], nargs="*", default=default)
         elif hint is bool:
-            group.add_argument(flag, type=bool, nargs="?", const=True, default=item.default, help=text)
+            parser.add_argument(flag, type=bool, nargs="?", const=True, default=item.default)
         else:
-            group.add_argument(flag, type=hint, default=item.default, help=text)
+            parser.add_argument(flag, type=hint, default=item.default)
     return parser
+
+
+def help_text(cls: type, groups: Mapping[str, str], width: int = 100) -> str:
+    """A line for each option: its flag, what it takes, what it means, its default where that is not nothing."""
+    hints, lines = get_type_hints(cls), []
+    letters = {int: "N", float: "X", str: "TEXT", bool: ""}
+    for item in fields(cls):
+        if item.name in groups:
+            lines += ["", groups[item.name] + ":"]
+        kinds = [kind for kind in get_args(hints[item.name]) or (hints[item.name],) if kind is not type(None)]
+        many = " ..." if get_origin(hints[item.name]) is list else ""
+        flag = "  --" + item.name.replace("_", "-") + (" " + letters[kinds[0]] + many).rstrip()
+        text = item.metadata["help"]
+        if choices := item.metadata["choices"]:
+            text += f": {', '.join(choices)}"
+        if item.default is True:
+            text += f" [on; --no-{item.name.replace('_', '-')}]"
+        elif not any(item.default is nothing for nothing in (None, False, MISSING)):
+            text += f" [{item.default}]"
+        head = flag.ljust(36) if len(flag) < 35 else flag + "\n" + " " * 36
+        lines.append(head + ("\n" + " " * 36).join(textwrap.wrap(text, width - 36, break_on_hyphens=False)))
+    return "\n".join(lines).lstrip("\n")
 
 
 def typed(cls: type, parser: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,7 +137,7 @@ def typed(cls: type, parser: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 def _typed(parser: Any, key: str, value: Any, hint: Any) -> Any:
     wrong = UserError(f"{key}: expected {describe(hint)}, got {value!r}")
     kinds = get_args(hint) or (hint,)
-    if isinstance(value, bool) and bool not in kinds:
+    if (value is None and types.NoneType not in kinds) or (isinstance(value, bool) and bool not in kinds):
         raise wrong
     if str in kinds and isinstance(value, str):
         return value  # the parser would read "null" or "1" as something else

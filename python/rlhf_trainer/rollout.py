@@ -152,7 +152,13 @@ def _gather(prompts: list[list[int]], rows: list, device: torch.device) -> Rollo
     )
 
 
-_READ = {"actor": ("logprobs", "logprob"), "reference": ("ref_logprobs", "logprob"), "critic": ("values", "value")}
+# role -> which field of the rollout each field of its output fills
+_READ = {
+    "actor": {"logprobs": "logprob", "entropies": "entropy"},
+    "reference": {"ref_logprobs": "logprob"},
+    "critic": {"values": "value"},
+    "reward": {"scores": "reward"},
+}
 
 
 def read(
@@ -174,16 +180,11 @@ def read(
             entropy="actor" in roles,
             divergence=(divergence,) if divergence else (),
         )
-        for role in roles:
-            if role == "reward":
-                found.setdefault("scores", []).append(out[role].reward.float())
-                continue
-            name, source = _READ[role]
+        wanted = [(role, *pair) for role in roles for pair in _READ[role].items()]
+        if divergence:
+            wanted.append(("actor", "divergences", divergence))
+        for role, name, source in wanted:
             found.setdefault(name, []).append(getattr(out[role], source))
-        if "actor" in roles:
-            found.setdefault("entropies", []).append(out["actor"].entropy)
-            if divergence:
-                found.setdefault("divergences", []).append(getattr(out["actor"], divergence))
     for name, parts in found.items():
         setattr(rollout, name, torch.cat(parts))
 

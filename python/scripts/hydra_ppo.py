@@ -1,10 +1,11 @@
-"""Hydra-PPO (arXiv 2309.00754), top to bottom: actor, critic, reference and reward model are one base with two adapters.
+"""Hydra-PPO (arXiv 2309.00754), top to bottom: actor, critic, reference and reward are one base, two adapters.
 
-python hydra_ppo.py MODEL PROMPTS.txt [--steps 10] [--kv-memory 64MiB]
+python hydra_ppo.py MODEL PROMPTS.txt [--steps 10] [--kv-memory BYTES]
 MODEL: a checkpoint in transformers' format with a reward head; PROMPTS: one a line.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
@@ -19,22 +20,20 @@ KL_COEF, LAM, CLIP, VF_COEF, EPOCHS, LR = 0.02, 0.95, 0.2, 0.1, 4, 1e-4
 def main(argv: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("prompts")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--kv-memory", default="64MiB")
+    parser.add_argument("prompts", type=Path)
+    for name, default in (("--steps", 10), ("--batch", 32), ("--max-new-tokens", 32), ("--kv-memory", 64 << 20)):
+        parser.add_argument(name, type=int, default=default)
     args = parser.parse_args(argv)
 
     # One base. Adapter on: actor or critic. Adapter off: reference (LM head) or reward model (reward head).
     spec = LoraSpec(r=16, alpha=16)
     model = HydraModel.from_pretrained(args.model, adapters={"actor": spec, "critic": spec}, dtype=torch.float32)
-    model.copy_head("reward", "value")  # the critic starts from the reward model
+    model.copy_head("reward", "critic")  # the critic starts from the reward model
     actor, critic = model.trainable_parameters("actor"), model.trainable_parameters("critic")
     optimizer = torch.optim.AdamW([*actor, *critic], lr=LR, eps=1e-5, weight_decay=0.0)
     generator = SlicedGenerator(model, kv_memory=args.kv_memory)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    prompts = [tokenizer(line)["input_ids"] for line in open(args.prompts).read().splitlines() if line]
+    prompts = [tokenizer(line)["input_ids"] for line in args.prompts.read_text().splitlines() if line]
 
     scores = []
     for step in range(args.steps):

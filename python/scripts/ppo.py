@@ -1,17 +1,18 @@
 """PPO with four full models, top to bottom: actor and critic are trained, reference and reward model are frozen.
 
-python ppo.py MODEL PROMPTS.txt [--steps 10] [--kv-memory 64MiB]
+python ppo.py MODEL PROMPTS.txt [--steps 10] [--kv-memory BYTES]
 MODEL: a checkpoint in transformers' format with a reward head; PROMPTS: one a line.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
 
 from rlhf_kernels import gae, masked_whiten
 from rlhf_kernels.generation import SamplingParams, SlicedGenerator
-from rlhf_kernels.nn import HydraModel, Role
+from rlhf_kernels.nn import HydraModel
 
 KL_COEF, LAM, CLIP, VF_COEF, EPOCHS, LR = 0.02, 0.95, 0.2, 0.1, 4, 1e-5
 
@@ -19,30 +20,20 @@ KL_COEF, LAM, CLIP, VF_COEF, EPOCHS, LR = 0.02, 0.95, 0.2, 0.1, 4, 1e-5
 def main(argv: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("prompts")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--kv-memory", default="64MiB")
+    parser.add_argument("prompts", type=Path)
+    for name, default in (("--steps", 10), ("--batch", 32), ("--max-new-tokens", 32), ("--kv-memory", 64 << 20)):
+        parser.add_argument(name, type=int, default=default)
     args = parser.parse_args(argv)
 
-    # Four bases. `start` only lends the critic the reward head it begins as a copy of.
-    roles = {
-        "actor": Role(None, "lm"),
-        "critic": Role(None, "value", "critic"),
-        "start": Role(None, "reward", "critic"),
-    }
-    roles |= {"reference": Role(None, "lm", "reference"), "reward": Role(None, "reward", "reward")}
+    # Four copies; a base named as a role is that role's. The critic starts from the reward model's head.
     bases = {name: args.model for name in ("critic", "reference", "reward")}
-    model = HydraModel.from_pretrained(
-        args.model, adapters={}, roles=roles, bases=bases, train_base=["base", "critic"], dtype=torch.float32
-    )
-    model.copy_head("start", "critic")
+    model = HydraModel.from_pretrained(args.model, bases=bases, train_base=["base", "critic"], dtype=torch.float32)
+    model.copy_head("reward", "critic")
     actor, critic = model.trainable_parameters("actor"), model.trainable_parameters("critic")
     optimizer = torch.optim.AdamW([*actor, *critic], lr=LR, eps=1e-5, weight_decay=0.0)
     generator = SlicedGenerator(model, kv_memory=args.kv_memory)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    prompts = [tokenizer(line)["input_ids"] for line in open(args.prompts).read().splitlines() if line]
+    prompts = [tokenizer(line)["input_ids"] for line in args.prompts.read_text().splitlines() if line]
 
     scores = []
     for step in range(args.steps):

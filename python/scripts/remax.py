@@ -1,10 +1,11 @@
 """ReMax (arXiv 2310.10505), top to bottom: policy gradient whose baseline is the greedy answer's reward; no critic.
 
-python remax.py MODEL PROMPTS.txt [--steps 10] [--kv-memory 64MiB]
+python remax.py MODEL PROMPTS.txt [--steps 10] [--kv-memory BYTES]
 MODEL: a checkpoint in transformers' format with a reward head; PROMPTS: one a line.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
@@ -18,35 +19,28 @@ KL_COEF, LR = 0.1, 1e-5
 def pack(prompts: list[list[int]], rollouts: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sequences end to end: tokens, lengths, prompt lengths."""
     rows = [prompts[r.prompt_index] + r.tokens for r in rollouts]
+    prompt_lengths = torch.tensor([len(prompts[r.prompt_index]) for r in rollouts])
     flat = torch.tensor([token for row in rows for token in row])
-    return (
-        flat,
-        torch.tensor([len(row) for row in rows]),
-        torch.tensor([len(prompts[r.prompt_index]) for r in rollouts]),
-    )
+    return flat, torch.tensor([len(row) for row in rows]), prompt_lengths
 
 
 def main(argv: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("prompts")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--kv-memory", default="64MiB")
+    parser.add_argument("prompts", type=Path)
+    for name, default in (("--steps", 10), ("--batch", 32), ("--max-new-tokens", 32), ("--kv-memory", 64 << 20)):
+        parser.add_argument(name, type=int, default=default)
     args = parser.parse_args(argv)
 
     # Two bases: the policy, every parameter trained, and a frozen copy that is reference and reward model.
-    roles = {"actor": Role(None, "lm"), "reference": Role(None, "lm", "reference")}
-    roles["reward"] = Role(None, "reward", "reference")
-    model = HydraModel.from_pretrained(
-        args.model, adapters={}, roles=roles, bases={"reference": args.model}, train_base=["base"], dtype=torch.float32
-    )
+    roles = {"actor": Role(), "reference": Role(base="reference"), "reward": Role(head="reward", base="reference")}
+    bases = {"reference": args.model}
+    model = HydraModel.from_pretrained(args.model, roles=roles, bases=bases, train_base=["base"], dtype=torch.float32)
     actor = model.trainable_parameters("actor")
     optimizer = torch.optim.AdamW(actor, lr=LR, betas=(0.9, 0.95), weight_decay=0.1)
     generator = SlicedGenerator(model, kv_memory=args.kv_memory)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    prompts = [tokenizer(line)["input_ids"] for line in open(args.prompts).read().splitlines() if line]
+    prompts = [tokenizer(line)["input_ids"] for line in args.prompts.read_text().splitlines() if line]
 
     scores = []
     for step in range(args.steps):

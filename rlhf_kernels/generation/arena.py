@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.memory_size import parse_bytes
+from rlhf_kernels.ops import registry
+from rlhf_kernels.ops.attention import native
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
 
@@ -129,6 +131,8 @@ class Arena:
         slots int64 [T];  k [T, kv_heads, k_dim];  v [T, kv_heads, v_dim], converted to the arena's dtype; no gradients.
         Raises ValueError for shapes that do not fit and, on the CPU, IndexError for a slot outside the arena.
         """
+        if slots.dtype != torch.int64 or slots.dim() != 1:
+            raise TypeError(f"slots is {slots.dtype} {tuple(slots.shape)}; it must be torch.int64 [tokens]")
         keys, values = self.keys[layer], self.values[layer]
         kv_heads, k_dim, v_dim = self.layers[layer]
         tokens = slots.shape[0]
@@ -136,9 +140,16 @@ class Arena:
             raise ValueError(f"k has shape {tuple(k.shape)}; layer {layer} and slots need {(tokens, kv_heads, k_dim)}")
         if v.shape != (tokens, kv_heads, v_dim):
             raise ValueError(f"v has shape {tuple(v.shape)}; layer {layer} and slots need {(tokens, kv_heads, v_dim)}")
+        k, v = k.detach().to(self.dtype), v.detach().to(self.dtype)
+        if registry.choose("arena_write", keys) == "native":
+            try:  # the compiled op checks the slots as it reads them
+                native.arena_write(keys, values, slots, k, v)
+            except RuntimeError:
+                self._check_slots(slots)
+                raise
+            return
+        self._check_slots(slots)
         with torch.no_grad():
-            k, v = k.to(self.dtype), v.to(self.dtype)
-            self._check_slots(slots)
             index, offset = slots // self.slice_tokens, slots % self.slice_tokens
             keys[index, :, offset] = k
             values[index, :, offset] = v

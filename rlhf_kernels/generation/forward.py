@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rlhf_kernels.integrations.transformers import SlicedRows, use_packed_attention
+from rlhf_kernels.integrations.transformers import ATTENTION, SlicedRows, check_decoder, packed_attention
 
 
 class Forward(Protocol):
@@ -33,7 +33,9 @@ class HydraForward:
         if role not in model.roles:
             raise ValueError(f"role is {role!r}; the model has {', '.join(sorted(model.roles))}")
         if model.roles[role].head != "lm":
-            raise ValueError(f"role is {role!r}, whose head is {model.roles[role].head!r}; generation needs the head 'lm'")
+            raise ValueError(
+                f"role is {role!r}, whose head is {model.roles[role].head!r}; generation needs the head 'lm'"
+            )
         self.model, self.role = model, role
         self.lm = model.base_model(role)
 
@@ -50,27 +52,24 @@ class PlainForward:
     """A transformers causal LM whose own attention implementation returns between steps."""
 
     def __init__(self, model: Any) -> None:
+        from transformers import AttentionInterface
+
+        check_decoder(model)
+        AttentionInterface.register(ATTENTION, packed_attention)
         self.lm = model
-        configs = _configs(model)
-        before = [config._attn_implementation_internal for config in configs]
-        try:
-            use_packed_attention(model)
-            after = [config._attn_implementation_internal for config in configs]
-        finally:
-            for config, name in zip(configs, before):
-                config._attn_implementation_internal = name
-        self._packed = [(config, name) for config, name, old in zip(configs, after, before) if name != old]
+        self._configs = _configs(model)
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
-        own = [config._attn_implementation_internal for config, _ in self._packed]
-        for config, name in self._packed:
-            config._attn_implementation_internal = name
+        # The config objects may be shared with other models: theirs, too, is back before anyone else runs.
+        own = [config._attn_implementation_internal for config in self._configs]
+        for config in self._configs:
+            config._attn_implementation_internal = ATTENTION
         try:
             with eval_mode(self.lm):
                 yield
         finally:
-            for (config, _), name in zip(self._packed, own):
+            for config, name in zip(self._configs, own):
                 config._attn_implementation_internal = name
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, packed: SlicedRows, rows: Tensor) -> Tensor:

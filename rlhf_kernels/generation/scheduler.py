@@ -23,7 +23,6 @@ except ImportError as error:  # pragma: no cover
     ) from error
 
 
-
 class KVBudgetError(ValueError):
     """A prompt with its max_new_tokens does not fit into the KV budget even alone."""
 
@@ -48,6 +47,8 @@ class Schedule:
         step_tokens: int,
     ) -> None:
         self.core = _engine.Scheduler(arena.num_slices, arena.slice_tokens, max_active, step_tokens)
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise TypeError(f"prompts must be a list of lists of token ids, got {type(prompts).__name__}")
         each = _one_per_prompt(params, len(prompts))
         tokens = [_check_prompt(i, prompt, vocabulary) for i, prompt in enumerate(prompts)]
         stream_ids = _check_streams(streams, len(prompts))
@@ -64,9 +65,7 @@ class Schedule:
                 self.core.add(prompt, p.max_new_tokens, rules[key])
                 self.prompt_index.append(i)
                 self.sample_index.append(sample)
-        self.greedy = [
-            each[i].temperature == 0 or s == each[i].n for i, s in zip(self.prompt_index, self.sample_index)
-        ]
+        self.greedy = [each[i].temperature == 0 or s == each[i].n for i, s in zip(self.prompt_index, self.sample_index)]
         # a column with one value throughout stays a number, and costs nothing a step
         self._columns = {
             name: _column([getattr(each[i], name) for i in self.prompt_index], dtype)

@@ -1,4 +1,4 @@
-"""One update of every algorithm equals an independent plain-PyTorch version of it (`reference_algorithms.py`) to 1e-5."""
+"""One update of every algorithm equals an independent plain-PyTorch version (`reference_algorithms.py`) to 1e-5."""
 
 import copy
 from dataclasses import replace
@@ -27,7 +27,7 @@ def files(tmp_path_factory):
 
 
 class Run:
-    """A phase of the trainer about to take its first step, with weights moved off their start so that nothing is zero."""
+    """A phase of the trainer about to take its first step, its weights moved so that nothing is zero."""
 
     def __init__(self, directory: Path, algorithm: str, **changes):
         self.config = with_defaults(tiny.config(directory, algorithm, **changes).validate())
@@ -178,7 +178,7 @@ def test_the_update_does_not_depend_on_the_micro_batch(files, tmp_path, algorith
 @pytest.mark.parametrize("algorithm", ONLINE)
 def test_rollout_and_first_update_pass_agree_and_the_first_kl_is_exactly_zero(files, tmp_path, algorithm):
     config = with_defaults(tiny.config(files, algorithm, output_dir=str(tmp_path / "out")).validate())
-    phase, policy = core._phase(config, find(algorithm), load_tokenizer(config))
+    phase, _ = core._phase(config, find(algorithm), load_tokenizer(config))
     metrics = phase.step(0)
     assert metrics["objective/kl"] == 0.0
     rows = transformers_model(config.model)(input_ids=torch.arange(40)[None]).logits
@@ -195,7 +195,7 @@ def test_the_first_ratio_is_one(files, tmp_path):
 
 
 def test_values_are_clipped_around_the_old_ones(files, tmp_path):
-    """By hand: old 0, return 1. New 0.1 is inside the range, 0.5 is held at 0.2, and 3.0 is past the return: max counts."""
+    """By hand: old 0, return 1. New 0.1 is inside, 0.5 held at 0.2, and 3.0 past the return: the larger counts."""
     from types import SimpleNamespace
 
     from rlhf_trainer.algorithms import Counts, ppo
@@ -245,7 +245,10 @@ def test_every_row_fills_all_defaults(algorithm):
     assert empty == []
 
 
-@pytest.mark.parametrize(("algorithm", "copies", "adapters"), [("ppo", 4, 0), ("lora-ppo", 4, 2), ("j-hydra-ppo", 1, 1), ("hydra-ppo", 1, 2), ("remax", 2, 0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("algorithm", "copies", "adapters"),
+    [("ppo", 4, 0), ("lora-ppo", 4, 2), ("j-hydra-ppo", 1, 1), ("hydra-ppo", 1, 2), ("remax", 2, 0)],
+)
 def test_layouts_hold_as_many_bases_and_adapters_as_the_papers_say(algorithm, copies, adapters):
     layout = find(algorithm).layout(with_defaults(replace(core.TrainConfig(), algorithm=algorithm)))
     assert 1 + len(layout.bases) == copies

@@ -58,7 +58,7 @@ def loss(model: HydraModel, batch: Rollout, counts: Counts, config: TrainConfig)
             "val/clipfrac_avg": (bounded_error > error).sum() / counts.tokens,
             "val/ratio": ratio.sum() / counts.tokens,
         }
-    return Loss(policy + config.vf_coef * value, metrics, logprobs.detach())
+    return Loss(policy + (config.vf_coef or 0.0) * value, metrics, logprobs.detach())
 
 
 def _hydra(config: TrainConfig) -> Layout:

@@ -22,7 +22,7 @@ from torch.nn.functional import dropout
 from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf_trainer.demo import ASSETS, corpus
+from rlhf_trainer.demo import ASSETS, build_data, corpus
 
 VOCABULARY = 1024
 PAD, EOS = "<pad>", "<eos>"
@@ -111,14 +111,14 @@ def held_out_loss(model: LlamaForCausalLM, rows: list[list[int]]) -> float:
 
 
 def add_dropout(model: LlamaForCausalLM) -> list[RemovableHandle]:
-    """Dropout after the embeddings, every attention and every MLP (Llama has none of its own); the hooks, to remove it."""
+    """Dropout after the embeddings, attention and MLP (Llama has none of its own); the hooks, to remove it."""
     layers = model.model.layers
     places = [model.model.embed_tokens, *(layer.self_attn.o_proj for layer in layers), *(layer.mlp for layer in layers)]
     return [p.register_forward_hook(lambda m, _, out: dropout(out, DROPOUT, m.training)) for p in places]
 
 
 def train_model(rows: list[list[int]], held_out: list[list[int]], epochs: int, seed: int) -> LlamaForCausalLM:
-    """AdamW with a short warm-up and a linear decay to zero; dropout, because 250,000 tokens are soon learnt by heart."""
+    """AdamW with a short warm-up and a linear decay to zero; dropout, or 250,000 tokens are learnt by heart."""
     model = new_model(seed).train()
     hooks = add_dropout(model)
     matrices = [p for p in model.parameters() if p.ndim == 2]
@@ -146,10 +146,6 @@ def train_model(rows: list[list[int]], held_out: list[list[int]], epochs: int, s
     return model.eval()
 
 
-def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ASSETS)
@@ -163,7 +159,7 @@ def main() -> None:
     parts = corpus.split(sentences)
     tokenizer = train_tokenizer(parts.train)
     eos = tokenizer.eos_token_id
-    rows = {name: [tokenizer(s).input_ids + [eos] for s in getattr(parts, name)] for name in ("train", "evaluation")}
+    rows = {name: [[*tokenizer(s).input_ids, eos] for s in getattr(parts, name)] for name in ("train", "evaluation")}
     print(f"{len(sentences)} sentences, {sum(map(len, rows['train']))} tokens to train on", flush=True)
     model = train_model(rows["train"], rows["evaluation"], args.epochs, args.seed)
     loss = held_out_loss(model, rows["evaluation"])
@@ -171,7 +167,7 @@ def main() -> None:
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     (args.out / "corpus.sha256").write_text(corpus.digest(sentences) + "\n")
-    provenance = {
+    provenance: dict[str, object] = {
         "sentences": len(sentences),
         "corpus_sha256": corpus.digest(sentences),
         "python": platform.python_version(),
@@ -183,6 +179,7 @@ def main() -> None:
         "held_out_nats_per_token": round(loss, 4),
         "held_out_perplexity": round(math.exp(loss), 2),
     }
+    provenance["rows"] = build_data.build(args.out, args.seed)
     (args.out / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
     print(json.dumps(provenance, indent=2))
 

@@ -15,6 +15,7 @@ import json
 import re
 from collections.abc import Iterable
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 from rlhf_trainer.demo import ASSETS
@@ -58,7 +59,7 @@ class Gold:
         for sentence in sentences:
             said = words(sentence)
             vocabulary.update(said)
-            for before, word in zip(said, said[1:]):
+            for before, word in pairwise(said):
                 if word in TOPIC:
                     leads.setdefault(word, set()).add(before)
         return cls(sorted(vocabulary), {word: sorted(before) for word, before in sorted(leads.items())})
@@ -80,7 +81,7 @@ class Gold:
         before = [*words(prompt), ""][-2:][:1] + said[:-1]
         topical = {w for b, w in zip(before, said) if b in self.leads.get(w, ())}
         garbled = sum(w not in self.vocabulary for w in said)
-        pairs = list(zip(said, said[1:]))
+        pairs = list(pairwise(said))
         repeated = len(pairs) - len(set(pairs))
         complete = ended and completion.rstrip().endswith(".")
         return (
@@ -103,5 +104,5 @@ def reward(prompts: list[str], completions: list[str], **columns: list[object]) 
 
 def distinct_2(texts: Iterable[str]) -> float:
     """Distinct pairs of neighbouring words over all texts, divided by all pairs."""
-    pairs = [pair for text in texts for pair in zip(words(text), words(text)[1:])]
+    pairs = [pair for text in texts for pair in pairwise(words(text))]
     return len(set(pairs)) / max(len(pairs), 1)

@@ -222,10 +222,8 @@ def _varlen_grad(
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     borders = cu_seqlens.tolist()
     for a, b in pairwise(borders):
-        qs, ks, vs = (x[a:b].detach().requires_grad_() for x in (q, k, v))
-        with torch.enable_grad():
-            out = naive.attend(qs, ks, vs, scale, window or None, softcap or None)
-        dq[a:b], dk[a:b], dv[a:b] = torch.autograd.grad(out, (qs, ks, vs), grad[a:b])
+        parts = naive.attend_grad(grad[a:b], q[a:b], k[a:b], v[a:b], scale, window or None, softcap or None)
+        dq[a:b], dk[a:b], dv[a:b] = parts
     return dq, dk, dv
 
 

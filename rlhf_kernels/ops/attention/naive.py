@@ -17,19 +17,45 @@ def attend(
 
     Returns [n, H, dv]. Scores and probabilities are at least fp32; the result has q's dtype.
     """
-    group = q.shape[1] // k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
-    k, v = k.to(wide).repeat_interleave(group, 1), v.to(wide).repeat_interleave(group, 1)
-    scores = torch.einsum("nhd,mhd->hnm", q.to(wide), k) * scale
+    group = q.shape[1] // k.shape[1]
+    weights, _ = _weights(q, k, scale, window, softcap)
+    return torch.einsum("hnm,mhd->nhd", weights, v.to(wide).repeat_interleave(group, 1)).to(q.dtype)
+
+
+def attend_grad(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None, softcap: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `attend` in q, k and v, for those of its result, grad [n, H, dv]."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // k.shape[1]
+    weights, slope = _weights(q, k, scale, window, softcap)
+    grad = grad.to(wide)
+    weights_grad = torch.einsum("nhd,mhd->hnm", grad, v.to(wide).repeat_interleave(group, 1))
+    scores_grad = weights * (weights_grad - (weights * weights_grad).sum(-1, keepdim=True)) * slope * scale
+    dq = torch.einsum("hnm,mhd->nhd", scores_grad, k.to(wide).repeat_interleave(group, 1))
+    dk = torch.einsum("hnm,nhd->mhd", scores_grad, q.to(wide)).unflatten(1, (-1, group)).sum(2)
+    dv = torch.einsum("hnm,nhd->mhd", weights, grad).unflatten(1, (-1, group)).sum(2)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _weights(
+    q: Tensor, k: Tensor, scale: float, window: int | None, softcap: float | None
+) -> tuple[Tensor, Tensor | float]:
+    """Probabilities [H, n, m], and the softcap's slope at each score (1 without it)."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    keys = k.to(wide).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = torch.einsum("nhd,mhd->hnm", q.to(wide), keys) * scale
+    slope: Tensor | float = 1.0
     if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+        tanh = torch.tanh(scores / softcap)
+        scores, slope = tanh * softcap, 1 - tanh.square()
     j = torch.arange(k.shape[0], device=q.device)
     i = (k.shape[0] - q.shape[0] + torch.arange(q.shape[0], device=q.device))[:, None]
     seen = j <= i
     if window is not None:
         seen &= j > i - window
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-    return torch.einsum("hnm,mhd->nhd", weights, v).to(q.dtype)
+    return scores.masked_fill(~seen, float("-inf")).softmax(-1), slope
 
 
 def varlen_attention(

@@ -1,4 +1,4 @@
-"""The public `linear_logprob`: argument checks, the choice of what is saved for backward, and the derived estimators."""
+"""The public `linear_logprob`: argument checks, the choice of what backward is left, and the derived estimators."""
 
 from collections.abc import Collection
 from typing import Any, Literal
@@ -56,15 +56,15 @@ def linear_logprob(
         softcap: final logit softcap (Gemma 2), None or 0 for none.
         logit_scale: multiplies the raw logits (Cohere, Granite).
         ignore_index: rows with this target cost no GEMM and are exactly 0 in every output and gradient.
-        ref_hidden: [..., H], the reference model's hidden states. The reference's logits are constants: no gradient flows
-            through them, also not to a shared weight.
+        ref_hidden: [..., H], the reference model's hidden states. The reference's logits are constants: no gradient
+            flows through them, also not to a shared weight.
         ref_weight: [V, H], None shares `weight` (both sides then run in one GEMM).
         lora: (A, B, adapter_index, scaling) on the head, policy only; A [n, r, H] and B [n, V, r] (or 2-D, n = 1),
             adapter_index int tensor of target's shape, one int, or None (= 0); -1 is no adapter; scaling float or [n].
         grad_fields: fields that carry gradient, each with its own per-token upstream gradient; the others are detached.
             None: all that are asked for.
-        save: what the forward keeps. "grad_vector": d field / d hidden [rows, H] a field (nothing but `hidden` may need a
-            gradient; two GEMMs in all for logprob, k1, k2, k3); "recompute": nothing, backward repeats the GEMM;
+        save: what the forward keeps. "grad_vector": d field / d hidden [rows, H] a field (nothing but `hidden` may need
+            a gradient; two GEMMs in all for logprob, k1, k2, k3); "recompute": nothing, backward repeats the GEMM;
             "logits": fp32 logits [rows, V]; "auto": grad_vector where it is free, else recompute.
         valid_rows: number of targets other than ignore_index; on CUDA it saves reading that count back.
         deterministic: results are bitwise repeatable on the CPU in any case.
@@ -75,8 +75,8 @@ def linear_logprob(
         LinearLogprobOutput, fp32 fields in target's shape, None where not asked for.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices, unknown names, temperature <= 0, save="grad_vector" when more than
-            `hidden` needs a gradient. IndexError: a target or adapter index out of range (CPU).
+        ValueError, TypeError: shapes, dtypes, devices, unknown names, temperature <= 0, save="grad_vector" when more
+            than `hidden` needs a gradient. IndexError: a target or adapter index out of range (CPU).
     """
     names = _check(
         hidden, weight, target, bias, temperature, softcap, logit_scale, ref_hidden, ref_weight, divergence, entropy,
@@ -91,9 +91,9 @@ def linear_logprob(
             ignore_index=ignore_index, entropy=entropy, ref_hidden=ref_hidden, ref_weight=ref_weight,
             divergence=divergence, lora=lora, grad_fields=carried,
         )  # fmt: skip
-        return LinearLogprobOutput(*(None if f is None else f.float() for f in found))
+        return LinearLogprobOutput(**{n: f.float() for n, f in zip(FIELDS, found) if f is not None})
 
-    width = hidden.shape[-1]
+    rows, width = target.numel(), hidden.shape[-1]
     a, b, index, scaling = _lora_tensors(lora, target)
     trained = [x for x in (weight, bias, a, b) if x is not None and x.requires_grad]
     direct = _direct_fields(carried)
@@ -103,8 +103,8 @@ def linear_logprob(
     if isinstance(temperature, Tensor):
         row_temperature = temperature.broadcast_to(target.shape).reshape(-1)
     raw = op.forward(
-        hidden.reshape(-1, width), weight, target.reshape(-1), bias, row_temperature,
-        None if ref_hidden is None else ref_hidden.detach().reshape(-1, width),
+        hidden.reshape(rows, width), weight, target.reshape(-1), bias, row_temperature,
+        None if ref_hidden is None else ref_hidden.detach().reshape(rows, width),
         None if ref_weight is None else ref_weight.detach(), a, b, index, scaling,
         1.0 if row_temperature is not None else float(temperature), float(softcap or 0.0), float(logit_scale),
         ignore_index, ",".join(asked), ",".join(direct), kept, -1 if valid_rows is None else valid_rows,
@@ -120,7 +120,7 @@ def _assemble(fields: dict[str, Tensor], names: tuple[str, ...], carried: tuple[
     for name in names:
         if name in SAMPLED:
             logprob = fields["logprob"] if name in carried else fields["logprob"].detach()
-            out[name] = sampled_estimator(name, logprob, fields["ref_logprob"])
+            out[name] = sampled_estimator(name, logprob, fields["ref_logprob"].detach())
         else:
             out[name] = fields[name] if name in carried else fields[name].detach()
     return LinearLogprobOutput(**out)
@@ -200,8 +200,8 @@ def _check(
         raise ValueError(f"softcap is {softcap}; it must be None or > 0")
     if not isinstance(logit_scale, (int, float)) or logit_scale == 0:
         raise ValueError(f"logit_scale is {logit_scale!r}; it must be a number other than 0")
-    if isinstance(divergence, str) or (unknown := set(divergence) - set(DIVERGENCES)):
-        got = divergence if isinstance(divergence, str) else sorted(unknown)
+    if isinstance(divergence, str) or set(divergence) - set(DIVERGENCES):
+        got = divergence if isinstance(divergence, str) else sorted(set(divergence) - set(DIVERGENCES))
         raise ValueError(f"divergence holds {got!r}; it must be a collection of {', '.join(DIVERGENCES)}")
     if ref_hidden is None and (divergence or ref_weight is not None):
         raise ValueError("ref_hidden is None; divergence and ref_weight need the reference's hidden states")
@@ -211,10 +211,9 @@ def _check(
         _check_matrix("ref_weight", ref_weight, hidden, tuple(weight.shape))
     asked = {"logprob", "lse", *divergence, *(("entropy",) if entropy else ())}
     asked |= {"ref_logprob"} if ref_hidden is not None else set()
-    if grad_fields is not None:
-        if isinstance(grad_fields, str) or (unknown := set(grad_fields) - asked):
-            got = grad_fields if isinstance(grad_fields, str) else sorted(unknown)
-            raise ValueError(f"grad_fields holds {got!r}; it must be a collection of fields asked for: {sorted(asked)}")
+    if grad_fields is not None and (isinstance(grad_fields, str) or set(grad_fields) - asked):
+        got = grad_fields if isinstance(grad_fields, str) else sorted(set(grad_fields) - asked)
+        raise ValueError(f"grad_fields holds {got!r}; it must be a collection of fields asked for: {sorted(asked)}")
     if save not in ("auto", "grad_vector", "recompute", "logits"):
         raise ValueError(f"save is {save!r}; it must be auto, grad_vector, recompute or logits")
     if valid_rows is not None and not 0 <= valid_rows <= target.numel():

@@ -31,8 +31,8 @@ def logprob(
         temperature: > 0, a float or a tensor that broadcasts to target's shape.
         ignore_index: rows with this target are exactly 0 in every output and gradient.
         entropy: also return the entropy; both it and logprob carry gradient.
-        inplace_backward: backward overwrites the logits' storage with their gradient (no second [..., V] buffer); nobody
-            may need the logits afterwards. Where the rows are not contiguous, and under torch.compile, it has no effect.
+        inplace_backward: backward overwrites the logits' storage with their gradient (no second [..., V] buffer);
+            nobody may need the logits afterwards. No effect on rows that are not contiguous, or under torch.compile.
 
     Returns:
         LogprobOutput(logprob, lse, entropy), fp32 in target's shape.
@@ -46,8 +46,9 @@ def logprob(
     check_temperature(temperature, target)
     if registry.choose("logprob", logits) == "naive":
         found = naive.logprob(logits, target, temperature=temperature, ignore_index=ignore_index, entropy=entropy)
-        return LogprobOutput(*(None if f is None else f.float() for f in found))
-    flat = logits.reshape(-1, logits.shape[-1])
+        wide = None if found.entropy is None else found.entropy.float()
+        return LogprobOutput(found.logprob.float(), found.lse.float(), wide)
+    flat = logits.reshape(target.numel(), logits.shape[-1])
     if isinstance(temperature, Tensor):
         t = temperature.detach().broadcast_to(target.shape).reshape(-1).to(torch.float32).contiguous()
     else:
@@ -62,7 +63,7 @@ def logprob(
 def forward(
     logits: Tensor, target: Tensor, temperature: Tensor, ignore_index: int, overwrite: bool
 ) -> tuple[Tensor, Tensor]:
-    """fields [3, N] (logprob, lse, entropy) and 1 - p_target [N]; `overwrite` is for backward."""
+    """fields [3, N] (logprob, lse, entropy) and [2, N]: 1 - p_target, what lse lost by rounding."""
     counted = target[target != ignore_index]
     if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= logits.shape[1]):
         bad = int(counted[(counted < 0) | (counted >= logits.shape[1])][0])
@@ -70,20 +71,20 @@ def forward(
     if temperature.numel() and not bool((temperature > 0).all()):
         raise ValueError(f"temperature holds {float(temperature.min())}; it must be > 0")
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    out = torch.empty(4, len(target), dtype=torch.float32, device=logits.device)
+    out = torch.empty(5, len(target), dtype=torch.float32, device=logits.device)
     torch.ops.rlhf_kernels.logprob_rows(logits, target, temperature, ignore_index, out)
-    return out[:3].clone(), out[3].clone()
+    return out[:3].clone(), out[3:].clone()
 
 
 @forward.register_fake
 def _(logits, target, temperature, ignore_index, overwrite):
     rows = target.shape[0]
-    return logits.new_empty((3, rows), dtype=torch.float32), logits.new_empty((rows,), dtype=torch.float32)
+    return logits.new_empty((3, rows), dtype=torch.float32), logits.new_empty((2, rows), dtype=torch.float32)
 
 
 @torch.library.custom_op("rlhf_kernels::logprob_backward", mutates_args=())
 def backward(logits: Tensor, target: Tensor, temperature: Tensor, ignore_index: int, coefficients: Tensor) -> Tensor:
-    """The gradient of logits [N, V], in their dtype; coefficients [5, N] as in csrc."""
+    """The gradient of logits [N, V], in their dtype; coefficients [6, N] as in csrc."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     torch.ops.rlhf_kernels.logprob_rows_backward(logits, target, temperature, ignore_index, coefficients, out)
@@ -97,17 +98,17 @@ def _(logits, target, temperature, ignore_index, coefficients):
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     logits, target, temperature, ignore_index, overwrite = inputs
-    fields, miss = output
-    ctx.save_for_backward(logits, target, temperature, fields, miss)
+    fields, rest = output
+    ctx.save_for_backward(logits, target, temperature, fields, rest)
     ctx.ignore_index, ctx.overwrite = ignore_index, overwrite
-    ctx.mark_non_differentiable(miss)
+    ctx.mark_non_differentiable(rest)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
-    logits, target, temperature, fields, miss = ctx.saved_tensors
+    logits, target, temperature, fields, (miss, low) = ctx.saved_tensors
     g_logprob, g_lse, g_entropy = grad.unbind(0)
     constant = g_lse - g_logprob - g_entropy * fields[2]
-    coefficients = torch.stack((fields[1], constant, -g_entropy, g_logprob, g_logprob * miss))
+    coefficients = torch.stack((fields[1], low, constant, -g_entropy, g_logprob, g_logprob * miss))
     if ctx.overwrite:
         storage = logits.detach()
         torch.ops.rlhf_kernels.logprob_rows_backward(

@@ -98,7 +98,7 @@ def linear_logprob(
     """As the public function, with full logits."""
     flat = target.reshape(-1).long()
     rows = (flat != ignore_index).nonzero().squeeze(1)
-    x, y = hidden.reshape(-1, hidden.shape[-1])[rows], flat[rows]
+    x, y = hidden.reshape(len(flat), hidden.shape[-1])[rows], flat[rows]
     if isinstance(temperature, Tensor):
         temperature = temperature.broadcast_to(target.shape).reshape(-1)[rows]
     delta = None
@@ -109,7 +109,7 @@ def linear_logprob(
     z_ref = None
     if ref_hidden is not None:
         with torch.no_grad():
-            r = ref_hidden.reshape(-1, ref_hidden.shape[-1])[rows]
+            r = ref_hidden.reshape(len(flat), ref_hidden.shape[-1])[rows]
             other = weight if ref_weight is None else ref_weight
             z_ref = head_logits(r.to(x.dtype), other, bias, temperature, softcap, logit_scale)
     names = {*divergence, *(("entropy",) if entropy else ())}
@@ -134,7 +134,7 @@ def logprob(
     flat = target.reshape(-1).long()
     rows = (flat != ignore_index).nonzero().squeeze(1)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    z = logits.reshape(-1, logits.shape[-1])[rows].to(dtype)
+    z = logits.reshape(len(flat), logits.shape[-1])[rows].to(dtype)
     if isinstance(temperature, Tensor):
         temperature = temperature.broadcast_to(target.shape).reshape(-1)[rows].to(dtype)[:, None]
     fields = distribution_fields(z / temperature, flat[rows], None, ("entropy",) if entropy else ())

@@ -158,7 +158,9 @@ def forward(
         one_sweep = save == "grad_vector" and grads == ("logprob",)
         full = reference or "entropy" in asked
         need_kl = bool({"kl", "js"} & set(asked))
-        view = None if kept is None else kept[:, : head.rows]
+        view = None
+        if kept is not None:
+            view, _ = kept[:, : head.rows], kept[:, head.rows :].zero_()
         total, vector = sweep.statistics(head, reference, need_kl, "rkl" in asked, full, one_sweep, view)
         values = {
             "logprob": st.logprob_of(total[st.REST], total[st.TARGET]),

@@ -147,7 +147,7 @@ def head_js(
     if raw:
         transform(z, bias, temperature, softcap, scale)
         transform(zr, bias, temperature, softcap, scale)
-    log_p = z - lse[:, None]
+    log_p = (z - lse[0][:, None]) - lse[1][:, None]
     t = (zr - z) - ratio[:, None]
     h = 0.5 * t.double()
     log_cosh = h.abs() + torch.log1p(torch.expm1(-2 * h.abs()) / 2)
@@ -171,14 +171,14 @@ def head_grad(
     coefficients: Tensor,
     scratch: Tensor | None,
 ) -> None:
-    """z to the gradient of the raw logits; coefficients [9, rows] as in csrc."""
+    """z to the gradient of the raw logits; coefficients [10, rows] as in csrc."""
     if raw:
         transform(z, bias, temperature, softcap, scale)
-    lse, ratio, constant, entropy, kl, rkl, js, upstream, miss = (c[:, None] for c in coefficients)
+    lse, low, ratio, constant, entropy, kl, rkl, js, upstream, miss = (c[:, None] for c in coefficients)
     slope = scale / temperature[:, None]
     if softcap > 0:
         slope = slope * (1 - (z * (temperature / softcap)[:, None]).square())
-    log_p = (z - lse).clamp(min=-200)
+    log_p = ((z - lse) - low).clamp(min=-200)
     p = log_p.exp()
     inner = constant + entropy * log_p
     here, column = _target_column(z, target)
@@ -190,7 +190,7 @@ def head_grad(
         half = 0.5 * t
         inner = inner - kl * t + js * (-half - (half.abs() + torch.log1p(torch.expm1(-2 * half.abs()) / 2)))
         near = -p * t.clamp(-1, 1).expm1()
-        others = rkl * torch.where(t.abs() < 1, near, p - ((z - lse) + t).exp())
+        others = rkl * torch.where(t.abs() < 1, near, p - (((z - lse) - low) + t).exp())
     at_target = torch.where(p > 0, p * (inner + upstream), 0) + others + miss
     dz = torch.where(p > 0, p * inner, 0) + others
     dz.scatter_(1, column, torch.where(here[:, None], at_target.gather(1, column), dz.gather(1, column)))

@@ -163,7 +163,7 @@ class Head:
                 yield Block(start, stop, w, z, zr, False)
                 continue
             if both is not None:
-                mm_fp32(both, w, logits.view(2 * rows, -1))
+                mm_fp32(both, w, logits.view(2 * rows, stop - start))
             else:
                 mm_fp32(self.x, w, z)
                 if zr is not None:
@@ -280,17 +280,23 @@ def statistics(
     return total, head.shard.sum(vector)
 
 
+def split(x: Tensor) -> Tensor:
+    """An fp64 [R] as the sum of two fp32, [2, R]."""
+    high = x.float()
+    return torch.stack((high, (x - high).float()))
+
+
 def js(head: Head, lse: Tensor, ratio: Tensor) -> Tensor:
     """A second sweep: JS and KL(p || (p + q) / 2), fp64 [2, R], from the normalisers of the first."""
     sums = head.new(2, head.rows, dtype=torch.float64)
-    lse32, ratio32 = lse.float(), ratio.float()
+    two, ratio32 = split(lse), ratio.float()
     for block in head.blocks(True):
-        head.passes().head_js(block.z, block.zr, *head.shaping(block), block.raw, lse32, ratio32, sums)
+        head.passes().head_js(block.z, block.zr, *head.shaping(block), block.raw, two, ratio32, sums)
     return head.shard.sum(sums)
 
 
 def coefficients(stats: dict[str, Tensor], grads: dict[str, Tensor]) -> Tensor:
-    """Upstream gradients [R] of each field folded into what a row's dz needs, fp32 [9, R] (see csrc's head_grad)."""
+    """Upstream gradients [R] of each field folded into what a row's dz needs, fp32 [10, R] (see csrc's head_grad)."""
     rows = next(iter(stats.values()))
     zero = torch.zeros_like(rows)
     g = {name: grads[name].double() if name in grads else zero for name in ("logprob", "lse", "entropy", "kl")}
@@ -298,8 +304,8 @@ def coefficients(stats: dict[str, Tensor], grads: dict[str, Tensor]) -> Tensor:
     constant = g["lse"] - g["logprob"] - g["entropy"] * stats["entropy"] - g["kl"] * stats["kl"]
     constant = constant - 0.5 * g_js * stats["kl_mean"]
     miss = g["logprob"] * stats["miss"]
-    columns = (stats["lse"], stats["ratio"], constant, -g["entropy"], g["kl"], g_rkl, 0.5 * g_js, g["logprob"], miss)
-    return torch.stack(columns).float()
+    columns = (stats["ratio"], constant, -g["entropy"], g["kl"], g_rkl, 0.5 * g_js, g["logprob"], miss)
+    return torch.cat((split(stats["lse"]), torch.stack(columns).float()))
 
 
 def pull(
