@@ -78,8 +78,8 @@ class SlicedGenerator:
         pass ids that are unique over steps and processes.
 
         Raises KVBudgetError (a ValueError) when a prompt with its max_new_tokens does not fit into the budget even
-        alone, naming the bytes it needs; ValueError or TypeError naming the argument for an empty prompt, a token outside the
-        vocabulary, prompt + max_new_tokens above the model's max_position_embeddings, lists of the wrong length; all
+        alone, naming the bytes it needs; ValueError or TypeError naming the argument for an empty prompt, a token
+        outside the vocabulary, prompt + max_new_tokens above the model's max_position_embeddings, lists of the wrong length; all
         before anything is generated. FloatingPointError when the model's logits are NaN.
         """
         rollouts = list(self.stream(prompts, params, role, streams))
@@ -142,14 +142,14 @@ class SlicedGenerator:
             as_tensor(step.context_lens, device),
             as_tensor(step.cu_q, device),
         )
-        inputs = [as_tensor(values, device) for values in (step.input_ids, step.position_ids)]
+        input_ids, position_ids = as_tensor(step.input_ids, device), as_tensor(step.position_ids, device)
         rows, sequences = as_tensor(step.logit_rows, device), step.draw_sequences
         if step.copies:
             _copy_slices(arena, step.copies)
         parameters = schedule.draw_parameters(sequences, device)
         parameters["position"] = as_tensor(step.draw_positions, device)
         device_start = time.perf_counter()
-        logits = forward.logits(*inputs, packed, rows)
+        logits = forward.logits(input_ids, position_ids, packed, rows)
         tokens, logprobs = _draw(logits, step.draw_rows, parameters)
         device_end = time.perf_counter()
         if np.isnan(logprobs).any():
