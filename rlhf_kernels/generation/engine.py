@@ -79,8 +79,8 @@ class SlicedGenerator:
 
         Raises KVBudgetError (a ValueError) when a prompt with its max_new_tokens does not fit into the budget even
         alone, naming the bytes it needs; ValueError or TypeError naming the argument for an empty prompt, a token
-        outside the vocabulary, prompt + max_new_tokens above the model's max_position_embeddings, lists of the wrong length; all
-        before anything is generated. FloatingPointError when the model's logits are NaN.
+        outside the vocabulary, prompt + max_new_tokens above the model's max_position_embeddings, lists of the wrong
+        length; all before anything is generated. FloatingPointError when the model's logits are NaN.
         """
         rollouts = list(self.stream(prompts, params, role, streams))
         return sorted(rollouts, key=lambda rollout: (rollout.prompt_index, rollout.sample_index))
