@@ -121,10 +121,8 @@ def test_bf16_logprobs_are_as_exact_as_transformers_own():
     ours, theirs = [], []
     for prompt, rollout in zip(given, rollouts):
         ids, chosen = torch.tensor([prompt + rollout.tokens]), torch.tensor(rollout.tokens)[:, None]
-        want, full = (
-            m(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1).gather(-1, chosen)[:, 0]
-            for m in (exact, lm)
-        )
+        rows = slice(len(prompt) - 1, -1)
+        want, full = (m(ids).logits[0, rows].double().log_softmax(-1).gather(-1, chosen)[:, 0] for m in (exact, lm))
         ours.append((torch.tensor(rollout.logprobs) - want).square())
         theirs.append((full - want).square())
     assert torch.cat(ours).mean() <= 1.5 * torch.cat(theirs).mean()
