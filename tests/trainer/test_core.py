@@ -198,6 +198,12 @@ def test_estimators_run_end_to_end(tmp_path, estimator):
     assert (penalty == 0) if estimator == "none" else (penalty < 0)
 
 
+def test_hydra_ppo_takes_the_steps_of_lora_ppo_with_a_quarter_of_the_bases(tmp_path):
+    runs = [train(tiny.config(tmp_path, a, output_dir=str(tmp_path / a))) for a in ("lora-ppo", "hydra-ppo")]
+    for name in ("reward", "objective/kl", "loss/policy_avg", "loss/value_avg", "grad_norm"):
+        assert runs[0].metrics[name] == pytest.approx(runs[1].metrics[name], abs=1e-5, rel=1e-5)
+
+
 @pytest.mark.parametrize("algorithm", ["hydra-ppo", "ppo", "remax"])
 def test_gradient_checkpointing_changes_nothing(tmp_path, algorithm):
     runs = [
