@@ -7,7 +7,7 @@ A forward gets `input_ids` [1, tokens], explicit `position_ids` [1, tokens], `us
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ def packed_attention(
     if kwargs.get("s_aux") is not None:
         raise ValueError("s_aux: attention sinks are not supported")
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    out = packed.attend(module.layer_idx, q, k, v, scale=scaling, window=sliding_window, softcap=softcap)
+    out = packed.attend(cast(int, module.layer_idx), q, k, v, scale=scaling, window=sliding_window, softcap=softcap)
     return out.unsqueeze(0), None
 
 

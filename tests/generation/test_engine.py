@@ -68,7 +68,7 @@ def test_the_models_end_token_ends_a_rollout(eos, place):
     free = generator(lm).generate(given, greedy(max_new_tokens=12))[0].tokens
     cut = free.index(free[5])
     lm.generation_config.eos_token_id = None
-    setattr(getattr(lm, place), "eos_token_id", free[5] if eos is int else [130, free[5]])
+    getattr(lm, place).eos_token_id = free[5] if eos is int else [130, free[5]]
     (stopped,) = generator(lm).generate(given, greedy(max_new_tokens=12))
     assert (stopped.tokens, stopped.finish_reason) == (free[: cut + 1], "eos")
     (ignoring,) = generator(lm).generate(given, greedy(max_new_tokens=12, ignore_eos=True))

@@ -2,8 +2,8 @@
 
     python -m rlhf_trainer.demo.build_data [--out DIR]
 
-A preference pair is two samples of the checkpoint for one prompt whose gold scores differ by MARGIN points or more:
-what the reward head learns from. No prompt appears in two files. Called by `build_checkpoint`.
+A preference pair is two completions of one prompt, samples of the checkpoint or what the documentation really says,
+whose gold scores differ by MARGIN points or more: what the reward head learns from. No prompt appears in two files. Called by `build_checkpoint`.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from rlhf_trainer.demo import ASSETS, corpus
 from rlhf_trainer.demo.gold import Gold
 
-SAMPLES, PAIRS = 8, 3  # samples a preference prompt, and at most so many pairs of them
-MARGIN = 8.0  # gold points, half a standard deviation: closer pairs teach noise
+SAMPLES, PAIRS = 16, 7  # samples a preference prompt, and at most so many pairs of them
+MARGIN = 6.0  # gold points, not quite half a standard deviation: closer pairs teach noise
 MAX_NEW_TOKENS = 40
 DEMONSTRATIONS = 4096
 
@@ -46,7 +46,7 @@ def sample(
 
 
 def preference_pairs(prompts: list[str], samples: list[list[tuple[str, bool]]], gold: Gold) -> list[dict[str, str]]:
-    """Pairs of ended samples, widest margin first, no sample in two pairs of one prompt."""
+    """Pairs of whole sentences, widest margin first, none in two pairs."""
     rows = []
     for prompt, texts in zip(prompts, samples):
         scored = sorted({(gold.score(prompt, text, ended), text) for text, ended in texts if ended and text.strip()})
@@ -77,11 +77,13 @@ def build(out: Path, seed: int) -> dict[str, int]:
     evaluation = first_seen([corpus.cut(s)[0] for s in parts.evaluation], taken)
     rl = first_seen([corpus.cut(s)[0] for s in parts.rl], taken)
     asked = first_seen([corpus.cut(s)[0] for s in parts.preference], taken)
+    real = dict(corpus.cut(s) for s in parts.preference)
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
     torch.manual_seed(seed)
     flat = sample(model, tokenizer, [p for p in asked for _ in range(SAMPLES)])
-    pairs = preference_pairs(asked, [flat[i : i + SAMPLES] for i in range(0, len(flat), SAMPLES)], gold)
+    texts = [[(real[p], True), *flat[i * SAMPLES : (i + 1) * SAMPLES]] for i, p in enumerate(asked)]
+    pairs = preference_pairs(asked, texts, gold)
     cuts = [corpus.cut(s) for s in parts.train[:DEMONSTRATIONS]]
     files = {
         "eval_prompts": [{"prompt": p} for p in evaluation],

@@ -1,0 +1,77 @@
+"""What the demo is run with: one table of tuned settings an algorithm, and the configurations made from it.
+
+The tiny model wants learning rates a thousand times those of a 7B model; the rest is as each algorithm's row has it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from rlhf_trainer.config import ONLINE, TrainConfig
+from rlhf_trainer.demo import data_path
+
+MAX_COMPLETION = 40  # tokens; 8 of 100 sentences of the checkpoint are longer
+EVAL_PROMPTS = 256
+
+HYDRA_SFT: dict[str, Any] = {
+    "total_steps": 220,
+    "per_device_train_batch_size": 32,
+    "learning_rate": 1e-3,
+    "reward_loss_coef": 1.0,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 20,
+}
+
+COMMON: dict[str, Any] = {
+    "total_steps": 60,
+    "rollout_batch_size": 64,
+    "per_device_train_batch_size": 64,
+    "num_ppo_epochs": 2,
+    "kl_coef": 0.05,
+    "vf_coef": 0.5,
+    "cliprange_value": 1.0,
+    "missing_eos_penalty": 3.0,  # in the reward head's units, of which a sample's standard deviation is about 1.5
+    "max_grad_norm": 1.0,
+    "lr_scheduler_type": "linear",
+    "kv_memory": "16MiB",
+}
+ADAPTERS: dict[str, Any] = {"lora_r": 16, "lora_alpha": 32.0, "learning_rate": 3e-3}
+
+# algorithm -> what differs from COMMON
+TUNED: dict[str, dict[str, Any]] = {
+    "hydra-ppo": ADAPTERS,
+    "j-hydra-ppo": ADAPTERS,
+    "lora-ppo": ADAPTERS,
+    "ppo": {"learning_rate": 3e-4},
+    "remax": {"learning_rate": 3e-4, "num_ppo_epochs": 1, "kl_coef": 0.05},
+}
+assert set(TUNED) == set(ONLINE)
+
+
+def hydra_sft(output_dir: Path, seed: int = 0, **changes: Any) -> TrainConfig:
+    """The configuration that trains the reward head, and with it the base, on the preference pairs."""
+    values = {
+        "algorithm": "hydra-sft",
+        "model": "demo",
+        "prompts": data_path("preferences"),
+        "max_completion_length": 2 * MAX_COMPLETION,  # nothing is cut: a cut text has no end token to read
+        "output_dir": str(output_dir),
+        "seed": seed,
+        "save_steps": 0,
+        "report": False,
+    }
+    return TrainConfig(**(values | HYDRA_SFT | changes))
+
+
+def online(algorithm: str, base: Path, output_dir: Path, seed: int = 0, **changes: Any) -> TrainConfig:
+    """The configuration of one run from the Hydra-SFT model in `base`."""
+    values = {
+        "algorithm": algorithm,
+        "model": str(base),
+        "prompts": data_path("prompts"),
+        "eval_prompts": data_path("eval_prompts"),
+        "max_completion_length": MAX_COMPLETION,
+        "output_dir": str(output_dir),
+        "seed": seed,
+        "save_steps": 0,
+    }
+    return TrainConfig(**(values | COMMON | TUNED[algorithm] | changes))
