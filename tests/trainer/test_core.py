@@ -58,7 +58,7 @@ def test_a_run_records_the_metrics_and_leaves_its_results(tmp_path, algorithm):
     assert result.metrics["reward"] == rows[1]["reward"]
     assert {row["step"] for row in lines(out / "samples.jsonl")} == {1, 2}
     assert (out / "tokenizer.json").exists()
-    assert not (out / "final").exists()
+    assert not (out / ".result").exists()
     assert [entry.name for entry in out.glob(".partial*")] == []
 
 
