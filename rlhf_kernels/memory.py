@@ -222,8 +222,10 @@ def meta_model(config_or_path: Any, dtype: "str | torch.dtype") -> "nn.Module":
 
 
 def _without_reward_copy(layout: Layout) -> Layout:
+    """Without the frozen reward model. Its head goes too, unless it is the only one: that then reads the reference."""
     bases = tuple(b for b in layout.bases if b.role != "reward" or b.trained)
-    heads = layout.heads if len(bases) == len(layout.bases) else tuple(h for h in layout.heads if h[0] != "reward")
+    gone = len(bases) < len(layout.bases) and len(layout.heads) > 1
+    heads = tuple(h for h in layout.heads if not (gone and h[0] == "reward"))
     return Layout(bases, layout.adapters, heads, layout.passes, layout.heads_lm, layout.rollout)
 
 

@@ -30,7 +30,9 @@ ENTRIES
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")
 namespace avx512 {
+#define WIDE_SHUFFLES
 #include "attention_kernels.h"
+#undef WIDE_SHUFFLES
 ENTRIES
 }  // namespace avx512
 #pragma GCC pop_options

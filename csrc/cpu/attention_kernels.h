@@ -92,7 +92,16 @@ LEAF void narrow_row(const float* from, int64_t width, float factor, T* to) {
 
 template <typename T>
 TILE void pack_transposed(const T* const* rows, int64_t width, float* packed) {
-  for (int64_t c = 0; c < width; c += 16) transpose_16x16(rows, c, width - c, packed + 16 * c);
+  int64_t c = 0;
+  for (; c + 16 <= width; c += 16) transpose_16x16(rows, c, packed + 16 * c);
+  if (c == width) return;
+  alignas(64) float last[16 * 16];  // the columns left over, zeros behind them
+  const float* padded_rows[16];
+  for (int64_t j = 0; j < BLOCK; ++j) {
+    store(last + 16 * j, load_some(rows[j] + c, width - c));
+    padded_rows[j] = last + 16 * j;
+  }
+  transpose_16x16(padded_rows, 0, packed + 16 * c);
 }
 
 // The addresses of a block's keys and values; places past the end repeat the last one (they are masked). Returns

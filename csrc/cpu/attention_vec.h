@@ -1,5 +1,6 @@
 // Vectors of 16 floats for the attention kernels. No include guard: attention_kernels.cpp includes this once for each
-// instruction set, inside a namespace and a target pragma of its own.
+// instruction set, inside a namespace and a target pragma of its own, with WIDE_SHUFFLES where one instruction shuffles
+// 16 lanes (the compiler's own macros do not follow the pragma).
 
 #define LEAF static inline __attribute__((always_inline))
 
@@ -36,7 +37,7 @@ LEAF f16 load_some(const T* p, int64_t count) {
   return load(some);
 }
 
-#ifdef __AVX512F__
+#ifdef WIDE_SHUFFLES
 #define ROTATED(x, n)                                                                                            \
   __builtin_shuffle(x, i16{(0 + n) & 15, (1 + n) & 15, (2 + n) & 15, (3 + n) & 15, (4 + n) & 15, (5 + n) & 15,   \
                            (6 + n) & 15, (7 + n) & 15, (8 + n) & 15, (9 + n) & 15, (10 + n) & 15, (11 + n) & 15, \
@@ -95,40 +96,37 @@ LEAF f16 hyperbolic_tangent(f16 x) {
   return size < 0.625f ? near : (x < 0.0f ? -far : far);
 }
 
-// to[c * 16 + j] = rows[j][c] for 16 rows and 16 columns, of which the first `columns` are read and the others are 0.
+// to[c * 16 + j] = rows[j][c] for 16 rows and 16 columns.
 template <typename T>
-LEAF void transpose_16x16(const T* const* rows, int64_t start, int64_t columns, float* to) {
-#ifdef __AVX512F__
-#define ZIP_LOW(a, b) __builtin_shuffle(a, b, i16{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23})
-#define ZIP_HIGH(a, b) __builtin_shuffle(a, b, i16{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31})
-#define ZIP(x, i, j, lo, hi) const f16 lo = ZIP_LOW(x##i, x##j), hi = ZIP_HIGH(x##i, x##j);
+LEAF void transpose_16x16(const T* const* rows, int64_t start, float* to) {
+#ifdef WIDE_SHUFFLES
+  // clang-format off
+#define ZIP(x, i, j, lo, hi)                                                                                        \
+  const f16 lo = __builtin_shuffle(x##i, x##j, i16{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}),        \
+            hi = __builtin_shuffle(x##i, x##j, i16{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
 // One round zips row i with row i + 8; four rounds transpose.
-#define ZIP_ROUND(x, y)     \
-  ZIP(x, 0, 8, y##0, y##1)  \
-  ZIP(x, 1, 9, y##2, y##3)  \
-  ZIP(x, 2, 10, y##4, y##5) \
-  ZIP(x, 3, 11, y##6, y##7) \
+#define ZIP_ROUND(x, y)                                                                                             \
+  ZIP(x, 0, 8, y##0, y##1) ZIP(x, 1, 9, y##2, y##3) ZIP(x, 2, 10, y##4, y##5) ZIP(x, 3, 11, y##6, y##7)             \
   ZIP(x, 4, 12, y##8, y##9) ZIP(x, 5, 13, y##10, y##11) ZIP(x, 6, 14, y##12, y##13) ZIP(x, 7, 15, y##14, y##15)
-
-#define ROW(j) const f16 a##j = columns >= 16 ? load(rows[j] + start) : load_some(rows[j] + start, columns);
-  ROW(0)
-  ROW(1)
-  ROW(2)
-  ROW(3)
-  ROW(4)
-  ROW(5) ROW(6) ROW(7) ROW(8) ROW(9) ROW(10) ROW(11) ROW(12) ROW(13) ROW(14) ROW(15)
-#undef ROW
-      ZIP_ROUND(a, b) ZIP_ROUND(b, c) ZIP_ROUND(c, d) ZIP_ROUND(d, e)
+#define EACH(step)                                                                                                  \
+  step(0) step(1) step(2) step(3) step(4) step(5) step(6) step(7)                                                   \
+  step(8) step(9) step(10) step(11) step(12) step(13) step(14) step(15)
+#define ROW(j) const f16 a##j = load(rows[j] + start);
 #define COLUMN(j) store(to + 16 * j, e##j);
-          COLUMN(0) COLUMN(1) COLUMN(2) COLUMN(3) COLUMN(4) COLUMN(5) COLUMN(6) COLUMN(7) COLUMN(8) COLUMN(9) COLUMN(10)
-              COLUMN(11) COLUMN(12) COLUMN(13) COLUMN(14) COLUMN(15)
+  EACH(ROW)
+  ZIP_ROUND(a, b)
+  ZIP_ROUND(b, c)
+  ZIP_ROUND(c, d)
+  ZIP_ROUND(d, e)
+  EACH(COLUMN)
 #undef COLUMN
+#undef ROW
+#undef EACH
 #undef ZIP_ROUND
 #undef ZIP
-#undef ZIP_HIGH
-#undef ZIP_LOW
+  // clang-format on
 #else
   for (int j = 0; j < 16; ++j)
-    for (int c = 0; c < 16; ++c) to[c * 16 + j] = c < columns ? widen(rows[j][start + c]) : 0.0f;
+    for (int c = 0; c < 16; ++c) to[c * 16 + j] = widen(rows[j][start + c]);
 #endif
 }

@@ -47,7 +47,7 @@ class Policy:
                     save_file({f"{spec.head}.weight": head}, place / HEADS_FILE, metadata={"format": "pt"})
             tokenizer.save_pretrained(str(directory))
 
-        staging = output_dir / "final"
+        staging = output_dir / ".result"
         shutil.rmtree(staging, ignore_errors=True)
         checkpoint.atomic_directory(staging, write)
         for entry in staging.iterdir():

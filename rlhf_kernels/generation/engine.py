@@ -1,7 +1,8 @@
 """Rollouts inside a fixed budget of KV bytes: packed, padding-free steps over slices of one arena.
 
-Every step is one forward over a flat row of tokens, pieces of new prompts and one token of each running sequence together;
-then one fused sampling call draws the next token of every sequence that has logits. `scheduler.py` says who takes part.
+Every step is one forward over a flat row of tokens, pieces of new prompts and one token of each running sequence
+together; then one fused sampling call draws the next token of every sequence that has logits. `scheduler.py` says who
+takes part.
 """
 
 import time
@@ -71,15 +72,15 @@ class SlicedGenerator:
     ) -> list[Rollout]:
         """Every prompt's rollouts, ordered by (prompt_index, sample_index).
 
-        prompts: lists of token ids, none empty.  params: for all prompts, or one a prompt.  role: whose adapter runs (a
-        HydraModel's).  streams[i]: prompt i's global id, default its index; a draw is a function of the row's logits and
-        of (seed, stream, sample_index, position), so equal prompts need different streams to differ, and trainers pass
-        ids that are unique over steps and processes.
+        prompts: lists of token ids, none empty.  params: for all prompts, or one a prompt.  role: whose adapter runs
+        (a HydraModel's).  streams[i]: prompt i's global id, default its index; a draw is a function of the row's logits
+        and of (seed, stream, sample_index, position), so equal prompts need different streams to differ, and trainers
+        pass ids that are unique over steps and processes.
 
-        Raises KVBudgetError (a ValueError) when a prompt with its max_new_tokens does not fit into the budget even alone,
-        naming the bytes it needs; ValueError or TypeError naming the argument for an empty prompt, a token outside the
-        vocabulary, prompt + max_new_tokens above the model's max_position_embeddings, lists of the wrong length; all
-        before anything is generated. FloatingPointError when the model's logits are NaN.
+        Raises KVBudgetError (a ValueError) when a prompt with its max_new_tokens does not fit into the budget even
+        alone, naming the bytes it needs; ValueError or TypeError naming the argument for an empty prompt, a token
+        outside the vocabulary, prompt + max_new_tokens above the model's max_position_embeddings, lists of the wrong
+        length; all before anything is generated. FloatingPointError when the model's logits are NaN.
         """
         rollouts = list(self.stream(prompts, params, role, streams))
         return sorted(rollouts, key=lambda rollout: (rollout.prompt_index, rollout.sample_index))
@@ -91,7 +92,7 @@ class SlicedGenerator:
         role: str = "actor",
         streams: Sequence[int] | None = None,
     ) -> Iterator[Rollout]:
-        """The same rollouts, each as soon as it is finished. Nothing runs between two of them; closing ends the call."""
+        """The same rollouts, each as soon as it is finished; nothing runs between two of them, and closing ends it."""
         forward = self._forward(role)
         arena = self._arena_for(forward)
         schedule = Schedule(
@@ -141,14 +142,14 @@ class SlicedGenerator:
             as_tensor(step.context_lens, device),
             as_tensor(step.cu_q, device),
         )
-        inputs = [as_tensor(values, device) for values in (step.input_ids, step.position_ids)]
+        input_ids, position_ids = as_tensor(step.input_ids, device), as_tensor(step.position_ids, device)
         rows, sequences = as_tensor(step.logit_rows, device), step.draw_sequences
         if step.copies:
             _copy_slices(arena, step.copies)
         parameters = schedule.draw_parameters(sequences, device)
         parameters["position"] = as_tensor(step.draw_positions, device)
         device_start = time.perf_counter()
-        logits = forward.logits(*inputs, packed, rows)
+        logits = forward.logits(input_ids, position_ids, packed, rows)
         tokens, logprobs = _draw(logits, step.draw_rows, parameters)
         device_end = time.perf_counter()
         if np.isnan(logprobs).any():

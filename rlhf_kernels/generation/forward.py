@@ -1,7 +1,7 @@
 """The model as the engine sees it: packed tokens in, logits of the wanted rows out.
 
-A HydraModel brings its own packed forward (`decode`). A plain transformers causal LM is switched to packed attention and
-to eval mode while steps run, and is given back as it was.
+A HydraModel brings its own packed forward (`decode`). A plain transformers causal LM is switched to packed attention
+and to eval mode while steps run, and is given back as it was.
 """
 
 from collections.abc import Iterator
@@ -128,7 +128,7 @@ def _configs(model: Any) -> list[Any]:
     """Every config object that may carry an attention implementation, once each."""
     found = {}
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation_internal"):
             found[id(config)] = config
             for key in config.sub_configs:

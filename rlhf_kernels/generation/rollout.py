@@ -21,10 +21,10 @@ class Rollout:
 
 @dataclass
 class GenerationStats:
-    """What the last generate call did, up to now while it streams. Times in seconds; tokens of all rollouts together."""
+    """What the last generate call did (up to now, while it streams). Tokens are of all rollouts together."""
 
     generated_tokens: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the call itself, without its stream's reader
     host_seconds: float = 0.0  # planning, building arrays and book-keeping: everything but the model and the sampling
     steps: int = 0
     mean_active: float = 0.0  # sequences a step
@@ -36,5 +36,5 @@ class GenerationStats:
 
     @property
     def tokens_per_second(self) -> float:
-        """Generated tokens a second of the call's own time (a stream's reader is not counted)."""
+        """Generated tokens a second of the call's own time."""
         return self.generated_tokens / self.seconds if self.seconds else 0.0

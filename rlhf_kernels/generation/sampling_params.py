@@ -11,13 +11,15 @@ LARGEST_INT64 = 2**63 - 1
 class SamplingParams:
     """How a prompt's completions are drawn.
 
-    max_new_tokens: at most so many tokens, >= 1.  temperature: >= 0; 0 is greedy decoding, with logprobs at temperature 1.
-    top_k: keep the k likeliest tokens (0: all), then top_p: the smallest set with that much mass (1: all), then min_p:
-    tokens with at least that share of the likeliest one's probability (0: all).
-    n: rollouts a prompt, each with its own random numbers.  greedy_baseline: one greedy rollout more, as ReMax wants it;
-    its `sample_index` is n and its logprobs are at `temperature`.
-    stop_token_ids: tokens that end a rollout (kept as its last token), besides the model's end-of-sequence tokens, which
-    ignore_eos switches off.  seed: any int64; see `SlicedGenerator.generate` for what a draw depends on.
+    max_new_tokens: at most so many tokens, >= 1.
+    temperature: >= 0; 0 is greedy decoding, with logprobs at temperature 1.
+    top_k: keep the k likeliest tokens (0: all), then top_p: the smallest set with that much mass (1: all), then
+        min_p: tokens with at least that share of the likeliest one's probability (0: all).
+    n: rollouts a prompt, each with its own random numbers.
+    greedy_baseline: one greedy rollout more, as ReMax wants it; `sample_index` n, logprobs at `temperature`.
+    stop_token_ids: tokens that end a rollout (kept as its last token), besides the model's end-of-sequence tokens.
+    ignore_eos: those do not end it.
+    seed: any int64; see `SlicedGenerator.generate` for what a draw depends on.
     Raises ValueError or TypeError, by the field's name.
     """
 

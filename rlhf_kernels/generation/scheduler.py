@@ -1,7 +1,7 @@
 """One generate call's sequences: checked, numbered for the C++ core, with the sampling parameters of each.
 
-The core (`csrc/engine`) decides what runs in each step: admission, prefix sharing, preemption, refill. A sequence's number
-there is its rank, in the order (prompt_index, sample_index); here lie the same sequences' parameters, by number.
+The core (`csrc/engine`) decides what runs in each step: admission, prefix sharing, preemption, refill. A sequence's
+number there is its rank, in the order (prompt_index, sample_index); here lie the sequences' parameters, by number.
 """
 
 from collections.abc import Sequence
@@ -151,8 +151,8 @@ def _check_streams(streams: Sequence[int] | None, count: int) -> list[int]:
 def _check_length(index: int, prompt: int, new: int, most_positions: int | None, arena: Arena) -> None:
     if most_positions is not None and prompt + new > most_positions:
         raise ValueError(
-            f"prompts[{index}] has {prompt} tokens; with max_new_tokens={new} that is {prompt + new}, above the model's "
-            f"max_position_embeddings of {most_positions}"
+            f"prompts[{index}] has {prompt} tokens; with max_new_tokens={new} that is {prompt + new}, above the "
+            f"model's max_position_embeddings of {most_positions}"
         )
     kept = prompt + new - 1  # the last token is never read again
     slices = -(-kept // arena.slice_tokens)

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from rlhf_kernels.nn.lora import LoraSpec, decoder_linears, lora_layers
+from rlhf_kernels.nn.lora import LoraSpec, adapter_routes, decoder_linears, lora_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,7 +20,7 @@ PREFIX = "base_model.model."  # PEFT wraps a model twice before it names its mod
 def save_adapter(model: "PreTrainedModel", name: str, directory: Path) -> None:
     """Writes adapter `name` of `model` so that `peft.PeftModel.from_pretrained(base, directory)` loads it."""
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.lora_A}
-    spec = model._adapter_routes.specs[name]
+    spec = adapter_routes(model).specs[name]
     tensors = {}
     for path, layer in layers.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A[name].detach().cpu().contiguous()

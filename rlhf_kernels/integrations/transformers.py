@@ -7,7 +7,7 @@ A forward gets `input_ids` [1, tokens], explicit `position_ids` [1, tokens], `us
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -67,8 +67,9 @@ def packed_attention(
         raise ValueError("packed: this model's attention runs on packed rows only; pass packed=PackedRows(...)")
     if kwargs.get("s_aux") is not None:
         raise ValueError("s_aux: attention sinks are not supported")
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    out = packed.attend(module.layer_idx, q, k, v, scale=scaling, window=sliding_window, softcap=softcap)
+    # under autocast the rotation leaves q and k in fp32 and v in the low dtype
+    q, k, v = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))
+    out = packed.attend(cast(int, module.layer_idx), q, k, v, scale=scaling, window=sliding_window, softcap=softcap)
     return out.unsqueeze(0), None
 
 

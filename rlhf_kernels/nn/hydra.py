@@ -7,7 +7,7 @@ all their adapters; roles with the same base and adapter share their rows.
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from rlhf_kernels.nn.loading import HEADS_FILE, load_decoder, load_heads, save_h
 from rlhf_kernels.nn.lora import (
     ALL_LINEAR,
     AdapterRoutes,
+    LoRALinear,
     LoraSpec,
     attach_adapters,
     checkpoint_layers,
@@ -59,9 +60,9 @@ class HydraModel(nn.Module):
         self.roles: dict[str, Role] = default_roles(adapters, bases) if roles is None else dict(roles)
         self.target_modules = target_modules
         self.trainable_bases = _trainable(train_base, list(bases))
-        for name, base in self.bases.items():
+        for name, base in self._decoders():
             base.requires_grad_(name in self.trainable_bases)
-        self.routes: dict[str, AdapterRoutes] = {name: attach_adapters(m, {}) for name, m in self.bases.items()}
+        self.routes: dict[str, AdapterRoutes] = {name: attach_adapters(m, {}) for name, m in self._decoders()}
         self.heads = nn.ModuleDict()
         for name, role in self.roles.items():
             if not isinstance(role, Role):
@@ -120,16 +121,25 @@ class HydraModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.bases.values())).device
+        return next(self._decoders())[1].device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(iter(self.bases.values())).dtype
+        return next(self._decoders())[1].dtype
 
     @property
     def adapters(self) -> dict[str, str]:
         """adapter -> the base it is on."""
         return {name: base for base, routes in self.routes.items() for name in routes.specs}
+
+    def _decoder(self, base: str) -> "PreTrainedModel":
+        return cast("PreTrainedModel", self.bases[base])
+
+    def _decoders(self) -> "Iterator[tuple[str, PreTrainedModel]]":
+        return ((name, self._decoder(name)) for name in self.bases)
+
+    def _linear_heads(self) -> dict[str, nn.Linear]:
+        return {key: cast(nn.Linear, head) for key, head in self.heads.items()}
 
     def role(self, name: str) -> Role:
         if name not in self.roles:
@@ -142,7 +152,7 @@ class HydraModel(nn.Module):
 
     def base_model(self, role: str) -> "PreTrainedModel":
         """The transformers model a role runs on."""
-        return self.bases[self.role(role).base]
+        return self._decoder(self.role(role).base)
 
     def trainable_parameters(self, role: str) -> list[nn.Parameter]:
         """The role's adapter, or without one its base's parameters where that base trains; and the role's own head."""
@@ -152,11 +162,13 @@ class HydraModel(nn.Module):
             for a, b in self._matrices(which.adapter):
                 found += [a, b]
         elif which.base in self.trainable_bases:
-            found += self.bases[which.base].parameters()
-            own = {id(p) for layer in lora_layers(self.bases[which.base]).values() for p in _adapter_parameters(layer)}
+            found += self._decoder(which.base).parameters()
+            own = {
+                id(p) for layer in lora_layers(self._decoder(which.base)).values() for p in _adapter_parameters(layer)
+            }
             found = [p for p in found if id(p) not in own]
         if which.head != "lm":
-            found.append(self._head(role).weight)
+            found += self._head(role).parameters()
         return found
 
     def train(self, mode: bool = True) -> "HydraModel":
@@ -178,10 +190,10 @@ class HydraModel(nn.Module):
             raise ValueError(f"base is {where!r}; there are {', '.join(self.bases)}")
         if name in self.adapters:
             raise ValueError(f"adapters: {name!r} is there already; delete it first or choose another name")
-        attach_adapters(self.bases[where], {name: spec}, self.target_modules)
+        attach_adapters(self._decoder(where), {name: spec}, self.target_modules)
 
     def delete_adapter(self, name: str) -> None:
-        detach_adapter(self.bases[self._base_of(name)], name)
+        detach_adapter(self._decoder(self._base_of(name)), name)
 
     @torch.no_grad()
     def copy_adapter(self, src: str, dst: str) -> None:
@@ -209,23 +221,23 @@ class HydraModel(nn.Module):
         return self.adapters[adapter]
 
     def _matrices(self, adapter: str) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-        for layer in lora_layers(self.bases[self._base_of(adapter)]).values():
+        for layer in lora_layers(self._decoder(self._base_of(adapter))).values():
             if adapter in layer.lora_A:
                 yield layer.lora_A[adapter], layer.lora_B[adapter]
 
     def _head(self, name: str) -> nn.Linear:
         """A head by key, or a role's, which is made where it is not there yet (N(0, 1/(hidden + 1)))."""
         if name in self.heads:
-            return self.heads[name]
+            return cast(nn.Linear, self.heads[name])
         role = self.role(name)
         if role.head == "lm":
-            return self.bases[role.base].get_output_embeddings()
+            return cast(nn.Linear, self._decoder(role.base).get_output_embeddings())
         if role.head_key not in self.heads:
-            weight = self.bases[role.base].get_output_embeddings().weight
+            weight = cast(nn.Linear, self._decoder(role.base).get_output_embeddings()).weight
             head = nn.Linear(weight.shape[1], 1, bias=False, dtype=torch.float32, device=weight.device)
             nn.init.normal_(head.weight, std=(weight.shape[1] + 1) ** -0.5)
             self.heads[role.head_key] = head
-        return self.heads[role.head_key]
+        return cast(nn.Linear, self.heads[role.head_key])
 
     # ---- forward -----------------------------------------------------------------------------------------------------
 
@@ -295,7 +307,7 @@ class HydraModel(nn.Module):
         routes = self.routes[which.base]
         run = (0, input_ids.numel(), routes.slot(which.adapter))
         with routes.use(Routing.from_runs([run], len(routes.specs))):
-            return self.bases[which.base](
+            return self._decoder(which.base)(
                 input_ids=input_ids.unsqueeze(0),
                 position_ids=position_ids.unsqueeze(0),
                 use_cache=False,
@@ -305,7 +317,7 @@ class HydraModel(nn.Module):
 
     def gradient_checkpointing_enable(self, use_reentrant: bool = False) -> None:
         """Recomputes decoder layers in the backward, each with the routing its forward had."""
-        for name, base in self.bases.items():
+        for name, base in self._decoders():
             checkpoint_layers(base, self.routes[name], use_reentrant)
 
     def _batch(
@@ -370,7 +382,7 @@ class HydraModel(nn.Module):
 
     def _run(self, base: str, parts: list[Part]) -> Tensor:
         """The final hidden states [rows, H] of one packed forward through `base`'s decoder."""
-        model, routes = self.bases[base], self.routes[base]
+        model, routes = self._decoder(base), self.routes[base]
         packed = pack(parts, len(routes.specs), frozen=base not in self.trainable_bases)
         decoder = getattr(model, model.base_model_prefix)
         with routes.use(packed.routing):
@@ -397,14 +409,14 @@ class HydraModel(nn.Module):
         if isinstance(temperature, Tensor) and temperature.ndim:
             counts = (batch.lengths - batch.prompt_lengths).to(temperature.device)
             temperature = temperature.repeat_interleave(counts, output_size=places.numel())
-        model = self.bases[role.base]
+        model = self._decoder(role.base)
         compare: dict[str, Any] = {}
         if reference is not None:
-            other = self.bases[self.role(REFERENCE).base]
+            other = self._decoder(self.role(REFERENCE).base)
             compare["ref_hidden"] = reference[places - 1].detach()
             compare["divergence"] = options["divergence"]
             if other is not model:
-                compare["ref_weight"] = other.get_output_embeddings().weight.detach()
+                compare["ref_weight"] = cast(nn.Linear, other.get_output_embeddings()).weight.detach()
         fields = options["grad_fields"]
         if fields is not None and reference is None:
             fields = tuple(f for f in fields if f in ("logprob", "lse", "entropy"))
@@ -421,12 +433,12 @@ class HydraModel(nn.Module):
         """directory/<adapter>/ in PEFT's layout, heads.safetensors, and each base that trains in directory/<base>/."""
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
-        for name, base in self.adapters.items():
-            save_adapter(self.bases[base], name, target / name)
+        for adapter, where in self.adapters.items():
+            save_adapter(self._decoder(where), adapter, target / adapter)
         if self.heads:
-            save_heads(self.heads, target)
+            save_heads(self._linear_heads(), target)
         for name in self.trainable_bases:
-            base = self.bases[name]
+            base = self._decoder(name)
             weights = {k: v for k, v in base.state_dict().items() if ".lora_A." not in k and ".lora_B." not in k}
             base.save_pretrained(target / name, state_dict=weights)
 
@@ -439,15 +451,15 @@ class HydraModel(nn.Module):
         for path in found:
             if path.name not in self.adapters:
                 self.add_adapter(path.name, read_spec(path))
-            load_adapter(self.bases[self._base_of(path.name)], path.name, path)
+            load_adapter(self._decoder(self._base_of(path.name)), path.name, path)
         if (source / HEADS_FILE).is_file():
-            load_heads(self.heads, source / HEADS_FILE)
+            load_heads(self._linear_heads(), source / HEADS_FILE)
         return [path.name for path in found]
 
     def _load_heads(self, file: Path, base: str) -> None:
         """The heads of a checkpoint's own file belong to that base, whatever it is called here."""
-        prefix = "" if base == "base" else f"{base}:"
-        mine = {key.removeprefix(prefix): head for key, head in self.heads.items() if (":" in key) == bool(prefix)}
+        own = {role.head_key: role.head for role in self.roles.values() if role.base == base and role.head != "lm"}
+        mine = {name: head for key, name in own.items() if (head := self._linear_heads().get(key)) is not None}
         load_heads(mine, file)
 
 
@@ -461,7 +473,7 @@ def _restrict(
     return whole.select(wanted), torch.cat([pieces[present.index(i)] for i in wanted])
 
 
-def _adapter_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
+def _adapter_parameters(layer: LoRALinear) -> Iterator[nn.Parameter]:
     for parameters in (layer.lora_A, layer.lora_B):
         yield from parameters.values()
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError
@@ -65,7 +65,7 @@ def load_decoder(
         raise ValueError(f"model: {type(model).__name__} has no linear output head")
     use_packed_attention(model)
     if device is not None:
-        model.to(device)
+        cast(nn.Module, model).to(device)
     return model.eval()
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,12 +87,16 @@ class LoRALinear(nn.Module):
     weight [N, K] ([K, N] under Conv1D, used as a transposed view); lora_A[name] [r, K], lora_B[name] [N, r].
     """
 
-    def __init__(self, base: nn.Module, routes: AdapterRoutes) -> None:
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, base: Any, routes: AdapterRoutes) -> None:
         super().__init__()
         self.transposed = not isinstance(base, nn.Linear)
         self.weight = base.weight
         self.bias = base.bias
-        self.out_features, self.in_features = base.weight.shape[:: -1 if self.transposed else 1]
+        sizes = tuple(base.weight.shape)
+        self.out_features, self.in_features = reversed(sizes) if self.transposed else sizes
         self.nf = self.out_features  # Conv1D's name for it, which GPT-2's code may read
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
@@ -150,11 +154,8 @@ def attach_adapters(
     Adapters add to those already there. Raises ValueError for a name in use, a target that matches no Linear, or the
     output head as a target.
     """
-    routes = next((m.routes for m in model.modules() if isinstance(m, LoRALinear)), None)
-    routes = getattr(model, "_adapter_routes", None) if routes is None else routes
-    if routes is None:
-        routes = AdapterRoutes()
-    model._adapter_routes = routes
+    routes: AdapterRoutes = getattr(model, "_adapter_routes", None) or AdapterRoutes()
+    model._adapter_routes = routes  # type: ignore[assignment]  # a plain attribute, no module
     for name, spec in adapters.items():
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(f"adapters: {name!r} is no name for an adapter; use letters, digits and _")
@@ -178,7 +179,12 @@ def detach_adapter(model: "PreTrainedModel", name: str) -> None:
     for module in lora_layers(model).values():
         if name in module.lora_A:
             del module.lora_A[name], module.lora_B[name]
-    del model._adapter_routes.specs[name]
+    del adapter_routes(model).specs[name]
+
+
+def adapter_routes(model: "PreTrainedModel") -> AdapterRoutes:
+    """The routes `attach_adapters` gave the model."""
+    return cast(AdapterRoutes, model._adapter_routes)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

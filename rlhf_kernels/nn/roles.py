@@ -10,7 +10,7 @@ HEADS = ("lm", "value", "reward")
 
 @dataclass(frozen=True)
 class Role:
-    """adapter None is the bypass: the base itself. head: "lm" (logprobs), "value" (a token) or "reward" (at the end)."""
+    """adapter None is the bypass: the base itself. head: "lm" (logprobs), "value" (a token) or "reward" (at last)."""
 
     adapter: str | None = None
     head: str = "lm"

@@ -1,5 +1,7 @@
 """SlicedGenerator computes what transformers computes, and its rollouts carry the logprobs of what it sampled."""
 
+import copy
+
 import pytest
 import torch
 from generation_models import NAMES, generator, greedy, model, prompts, record_logits
@@ -68,7 +70,7 @@ def test_the_models_end_token_ends_a_rollout(eos, place):
     free = generator(lm).generate(given, greedy(max_new_tokens=12))[0].tokens
     cut = free.index(free[5])
     lm.generation_config.eos_token_id = None
-    setattr(getattr(lm, place), "eos_token_id", free[5] if eos is int else [130, free[5]])
+    getattr(lm, place).eos_token_id = free[5] if eos is int else [130, free[5]]
     (stopped,) = generator(lm).generate(given, greedy(max_new_tokens=12))
     assert (stopped.tokens, stopped.finish_reason) == (free[: cut + 1], "eos")
     (ignoring,) = generator(lm).generate(given, greedy(max_new_tokens=12, ignore_eos=True))
@@ -109,6 +111,21 @@ def test_logprobs_are_of_the_whole_distribution_at_the_temperature(monkeypatch):
         row = logits[0, 5 + i].double() / 0.5
         assert logprob == pytest.approx(row.log_softmax(-1)[token].item(), abs=1e-5)
         assert token in row.topk(2).indices
+
+
+@torch.no_grad()
+def test_bf16_logprobs_are_as_exact_as_transformers_own():
+    lm, given = model().bfloat16(), prompts(LENGTHS)
+    rollouts = generator(lm).generate(given, SamplingParams(max_new_tokens=NEW))
+    exact = copy.deepcopy(lm).double()
+    ours, theirs = [], []
+    for prompt, rollout in zip(given, rollouts):
+        ids, chosen = torch.tensor([prompt + rollout.tokens]), torch.tensor(rollout.tokens)[:, None]
+        rows = slice(len(prompt) - 1, -1)
+        want, full = (m(ids).logits[0, rows].double().log_softmax(-1).gather(-1, chosen)[:, 0] for m in (exact, lm))
+        ours.append((torch.tensor(rollout.logprobs) - want).square())
+        theirs.append((full - want).square())
+    assert torch.cat(ours).mean() <= 1.5 * torch.cat(theirs).mean()
 
 
 def test_stream_yields_each_rollout_as_it_finishes():

@@ -146,9 +146,13 @@ def test_a_stream_that_is_closed_leaves_the_generator_usable():
 
 def test_an_interrupt_while_reading_a_stream_leaves_the_generator_usable():
     gen = generator(model(), 12)
-    with pytest.raises(KeyboardInterrupt):
+
+    def read():
         for _ in gen.stream(prompts([9, 20]), [greedy(max_new_tokens=n) for n in (2, 9)]):
             raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read()
     assert len(gen.generate(prompts([9, 20]), GOOD)) == 2
 
 
@@ -176,12 +180,8 @@ def test_an_unknown_role_is_named():
     hydra = HydraModel(
         {"base": build("llama")}, adapters={"actor": LoraSpec(r=2, alpha=2), "critic": LoraSpec(r=2, alpha=2)}
     )
-    gen = generator_of(hydra)
+    gen = SlicedGenerator(hydra, "1MiB")
     with pytest.raises(ValueError, match="role is 'player'; the model has actor, critic, reference, reward"):
         gen.generate([[1]], GOOD, role="player")
     with pytest.raises(ValueError, match="role is 'critic', whose head is 'value'"):
         gen.generate([[1]], GOOD, role="critic")
-
-
-def generator_of(hydra):
-    return SlicedGenerator(hydra, "1MiB")

@@ -1,7 +1,7 @@
 """The engine's C++ core by itself: no slice is lost or freed twice, and every row reads exactly its own tokens.
 
-A stand-in for the model remembers, for every slot of the arena, the whole prefix whose keys were written there. A row that
-finds anything but its own prefixes in its slices would have read another sequence's keys.
+A stand-in for the model remembers, for every slot of the arena, the whole prefix whose keys were written there. A row
+that finds anything but its own prefixes in its slices would have read another sequence's keys.
 """
 
 import numpy as np

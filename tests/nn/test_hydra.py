@@ -61,7 +61,7 @@ def test_values_lie_before_their_token_and_rewards_at_the_end():
     model = hydra()
     out = model.score(tokens(), LENGTHS, roles=("critic", "reward"), prompt_lengths=PROMPTS)
     plain, values, rewards = build("llama"), [], []
-    for ids, prompt in zip(tokens().split(LENGTHS), PROMPTS):
+    for ids in tokens().split(LENGTHS):
         rewards.append(model.heads["reward"](plain.model(ids[None]).last_hidden_state[0, -1]))
     torch.testing.assert_close(out["reward"].reward, torch.cat(rewards), rtol=1e-5, atol=1e-5)
     assert out["critic"].logprob is None

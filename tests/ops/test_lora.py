@@ -269,5 +269,5 @@ def test_build_routing_checks_its_index_and_finds_the_runs():
     assert build_routing(torch.tensor(ROUTES["scattered"]), 3).runs is None
     with pytest.raises(IndexError, match="adapter_index holds 2"):
         build_routing(torch.tensor([0, 2]), 2)
-    with pytest.raises(TypeError, match="adapter_index is torch.float32"):
+    with pytest.raises(TypeError, match=r"adapter_index is torch\.float32"):
         build_routing(torch.ones(2), 2)

@@ -58,7 +58,7 @@ def test_a_run_records_the_metrics_and_leaves_its_results(tmp_path, algorithm):
     assert result.metrics["reward"] == rows[1]["reward"]
     assert {row["step"] for row in lines(out / "samples.jsonl")} == {1, 2}
     assert (out / "tokenizer.json").exists()
-    assert not (out / "final").exists()
+    assert not (out / ".result").exists()
     assert [entry.name for entry in out.glob(".partial*")] == []
 
 
@@ -196,6 +196,12 @@ def test_estimators_run_end_to_end(tmp_path, estimator):
     result = train(tiny.config(tmp_path, kl_estimator=estimator, learning_rate=3e-2))
     penalty = result.metrics["objective/non_score_reward"]
     assert (penalty == 0) if estimator == "none" else (penalty < 0)
+
+
+def test_hydra_ppo_takes_the_steps_of_lora_ppo_with_a_quarter_of_the_bases(tmp_path):
+    runs = [train(tiny.config(tmp_path, a, output_dir=str(tmp_path / a))) for a in ("lora-ppo", "hydra-ppo")]
+    for name in ("reward", "objective/kl", "loss/policy_avg", "loss/value_avg", "grad_norm"):
+        assert runs[0].metrics[name] == pytest.approx(runs[1].metrics[name], abs=1e-5, rel=1e-5)
 
 
 @pytest.mark.parametrize("algorithm", ["hydra-ppo", "ppo", "remax"])

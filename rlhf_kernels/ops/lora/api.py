@@ -95,6 +95,8 @@ def apply(
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if differentiable or torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         return _op(x, weight, bias, lora_a, lora_b, index, runs, scaling, scaling_tensor, grad_rows)[0]
+    if runs is not None and scaling_tensor is None:
+        return native.infer(x, weight, bias, lora_a, lora_b, runs, scaling)
     return native.forward(x, weight, bias, lora_a, lora_b, index, runs, scaling, scaling_tensor)[0]
 
 

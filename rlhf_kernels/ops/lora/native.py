@@ -76,6 +76,24 @@ def forward(
     return y, s
 
 
+def infer(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    runs: Sequence[int],
+    scaling: Sequence[float],
+) -> Tensor:
+    """y [rows, N] where nothing needs a gradient and the runs are known: no S is kept. The inner loop of a rollout."""
+    y = F.linear(x, weight, bias)
+    for lo, hi, e in triples(runs):
+        if e >= 0 and hi > lo:
+            a, b = lora_a[e].to(x.dtype), lora_b[e].to(x.dtype)
+            y[lo:hi].addmm_(torch.mm(x[lo:hi], a.t()), b.t(), alpha=scaling[e])
+    return y
+
+
 def _masked_forward(
     x: Tensor,
     y: Tensor,

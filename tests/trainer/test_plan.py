@@ -1,0 +1,31 @@
+"""The memory plan against the trainer's own models and optimiser: the same bytes, to the byte."""
+
+import pytest
+import torch
+from rlhf_trainer.algorithms import find, with_defaults
+from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.demo import checkpoint_path
+from rlhf_trainer.models import build
+from rlhf_trainer.optim import Optimizer
+
+from rlhf_kernels.memory import LAYOUTS, plan
+
+WITH_ADAPTERS = {"lora-ppo", "j-hydra-ppo", "hydra-ppo"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("algorithm", LAYOUTS)
+def test_static_bytes_are_those_the_trainer_holds(algorithm, dtype):
+    reward = ["any:function"] if "ppo" in algorithm or algorithm == "remax" else []
+    rank = 4 if algorithm in WITH_ADAPTERS else 0
+    config = with_defaults(TrainConfig(algorithm=algorithm, dtype=dtype, lora_r=rank, reward=reward))
+    policy = build(config, find(algorithm))
+    optimizer = Optimizer(policy.groups, config, total_updates=1)
+    for parameter in policy.trained.values():
+        parameter.grad = torch.ones_like(parameter)
+    gradients = sum(p.grad.nbytes for p in policy.trained.values() if p.grad is not None)
+    optimizer.step()
+    weights = sum(p.nbytes for p in policy.model.parameters())
+    state = sum(t.nbytes for t in optimizer.state_tensors().values())
+    planned = plan(str(checkpoint_path()), algorithm, lora_rank=4, dtype=dtype, reward_model=False)
+    assert weights + gradients + state == planned.static
