@@ -13,9 +13,10 @@ import json
 import random
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_trainer.demo import ASSETS, corpus
 from rlhf_trainer.demo.gold import TOPIC, Gold
@@ -28,9 +29,7 @@ SPOILT = 3  # pairs a prompt, at most, of a text and itself spoilt
 
 
 @torch.no_grad()
-def sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch: int = 256
-) -> list[tuple[str, bool]]:
+def sample(model: Any, tokenizer: Any, prompts: list[str], batch: int = 256) -> list[tuple[str, bool]]:
     """One sample at temperature 1 for each prompt: its text, and whether it ended by itself."""
     eos, found = tokenizer.eos_token_id, []
     for start in range(0, len(prompts), batch):
