@@ -96,7 +96,8 @@ def sample(policy: HydraModel, sft: HydraModel, tokenizer: Any, prompts: list[st
         part = pack([(encoded[r.prompt_index], r.tokens) for r in rollouts[start : start + 64]])
         out = sft.score(part.tokens, part.lengths, ("actor", "reward"), part.prompt_lengths)
         scores, logprobs = out["reward"].reward, out["actor"].logprob
-        assert scores is not None and logprobs is not None
+        assert scores is not None
+        assert logprobs is not None
         rewards += scores.tolist()
         loss -= float(logprobs.sum())
         count += logprobs.numel()
