@@ -149,6 +149,7 @@ def memory_rows(base: Path) -> list[Any]:
             lora_rank=settings.ADAPTERS["lora_r"],
             dtype="float32",
             kv_memory=settings.COMMON["kv_memory"],
+            reward_model=algorithm != "remax",  # its reference and its reward head share one frozen copy
         )
         rows.append((planned, got))
     return rows
