@@ -21,7 +21,8 @@ from rlhf_trainer.demo import ASSETS, corpus
 from rlhf_trainer.demo.gold import TOPIC, Gold
 
 SAMPLES = 16  # of each preference prompt
-SPOILT = 2  # of them are set against themselves spoilt
+MORE_PROMPTS = 1500  # preference prompts from sentences that the checkpoint was trained on
+SPOILT = 1  # sample of each preference prompt is set against itself spoilt
 REAL = 5000  # sentences of the corpus that are set against themselves spoilt
 MARGIN = 6.0  # gold points, half a standard deviation: closer pairs teach noise
 MAX_NEW_TOKENS = 40
@@ -120,6 +121,7 @@ def build(out: Path, seed: int) -> dict[str, int]:
     evaluation = first_seen([corpus.cut(s)[0] for s in parts.evaluation], taken)
     rl = first_seen([corpus.cut(s)[0] for s in parts.rl], taken)
     asked = first_seen([corpus.cut(s)[0] for s in parts.preference], taken)
+    asked += first_seen([corpus.cut(s)[0] for s in parts.train[:MORE_PROMPTS]], taken)
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
     torch.manual_seed(seed)
