@@ -29,6 +29,7 @@ from rlhf_kernels.nn.packing import Batch, Part, pack
 from rlhf_kernels.nn.roles import HydraOutput, Role, RoleOutput, default_roles
 from rlhf_kernels.ops.logprob import linear_logprob
 from rlhf_kernels.ops.lora import Routing
+from rlhf_kernels.ops.registry import checks_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -332,7 +333,7 @@ class HydraModel(nn.Module):
         if prompts.shape != sizes.shape:
             raise ValueError(f"prompt_lengths is {list(prompts.shape)}; it must be {list(sizes.shape)}, as lengths")
         prompts = prompts.to(sizes.device)
-        if sizes.device.type == "cpu":
+        if checks_values(sizes):
             if int(sizes.min()) < 1 or int(sizes.sum()) != tokens.numel():
                 raise ValueError(
                     f"lengths sum to {int(sizes.sum())}, least {int(sizes.min())}; "

@@ -34,6 +34,15 @@ def choose(op: str, tensor: torch.Tensor) -> Backend:
     return "naive"
 
 
+def checks_values(tensor: torch.Tensor) -> bool:
+    """Whether values are checked, which makes the host read them: on the CPU, elsewhere with RLHF_KERNELS_CHECK=1.
+
+    Never while torch.compile traces: there are no values then.
+    """
+    here = tensor.device.type == "cpu" or os.environ.get("RLHF_KERNELS_CHECK") == "1"
+    return here and not torch.compiler.is_compiling()
+
+
 def native_available() -> bool:
     """True when the compiled ops are importable (they then stand under torch.ops.rlhf_kernels)."""
     try:
