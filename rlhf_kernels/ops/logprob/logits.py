@@ -69,7 +69,7 @@ def forward(
     check_values(target, logits.shape[1], temperature, ignore_index)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     out = torch.empty(5, len(target), dtype=torch.float32, device=logits.device)
-    torch.ops.rlhf_kernels.logprob_rows(logits, target, temperature, ignore_index, out)
+    native.logprob_rows(logits, target, temperature, ignore_index, out)
     return out[:3].clone(), out[3:].clone()
 
 
@@ -84,7 +84,7 @@ def backward(logits: Tensor, target: Tensor, temperature: Tensor, ignore_index: 
     """The gradient of logits [N, V], in their dtype; coefficients [6, N] as in csrc."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    torch.ops.rlhf_kernels.logprob_rows_backward(logits, target, temperature, ignore_index, coefficients, out)
+    native.logprob_rows_backward(logits, target, temperature, ignore_index, coefficients, out)
     return out
 
 
@@ -108,9 +108,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
     coefficients = torch.stack((fields[1], low, constant, -g_entropy, g_logprob, g_logprob * miss))
     if ctx.overwrite:
         storage = logits.detach()
-        torch.ops.rlhf_kernels.logprob_rows_backward(
-            storage, target, temperature, ctx.ignore_index, coefficients, storage
-        )
+        native.logprob_rows_backward(storage, target, temperature, ctx.ignore_index, coefficients, storage)
         return storage, None, None, None, None
     return backward(logits, target, temperature, ctx.ignore_index, coefficients), None, None, None, None
 
