@@ -229,7 +229,7 @@ class HydraModel(nn.Module):
                 yield layer.lora_A[adapter], layer.lora_B[adapter]
 
     def head(self, name: str) -> nn.Linear:
-        """A head by key, or a role's: for "lm" the output embeddings, else one made on first use, N(0, 1/(hidden + 1))."""
+        """A head by key, or a role's: for "lm" the output embeddings, else one made on first use."""
         if name in self.heads:
             return cast(nn.Linear, self.heads[name])
         role = self.role(name)

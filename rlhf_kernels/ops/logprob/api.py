@@ -97,7 +97,7 @@ def linear_logprob(
         return LinearLogprobOutput(**{n: f.float() for n, f in zip(FIELDS, found) if f is not None})
 
     rows, width = target.numel(), hidden.shape[-1]
-    a, b, index, scaling = _lora_tensors(lora, target)
+    a, b, index, scaling = _lora_tensors(lora)
     trained = [x for x in (weight, bias, a, b) if x is not None and x.requires_grad]
     direct = _direct_fields(carried)
     kept = _resolve_save(save, hidden, trained, direct)
@@ -154,7 +154,7 @@ def _resolve_save(save: Save, hidden: Tensor, trained: list[Tensor], direct: tup
 
 
 def _lora_tensors(
-    lora: tuple | None, target: Tensor
+    lora: tuple | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """A [n, r, H], B [n, V, r], index per row or None for "all rows, slot 0", scaling [n]."""
     if lora is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf_kernels.ops.logprob import state as st
 from rlhf_kernels.ops.logprob import sweep
 from rlhf_kernels.ops.logprob.checks import check_values
+from rlhf_kernels.ops.logprob.head import Head, LowRank, Shard, operand
 
 RETURNED = ("logprob", "lse", "entropy", "ref_logprob", "kl", "rkl", "js")
 NEEDS = ("hidden", "weight", "bias", "lora_a", "lora_b")
@@ -48,7 +49,7 @@ def _low_rank(x: Tensor, a: Tensor | None, b: Tensor | None, index: Tensor | Non
         rows = None if index is None else (index == slot).nonzero().squeeze(1)
         wide = a[slot].float()
         s = (x if rows is None else x[rows]).float() @ wide.t()
-        out.append(sweep.LowRank(rows, s, wide, b[slot].float(), scaling[slot].float(), slot))
+        out.append(LowRank(rows, s, wide, b[slot].float(), scaling[slot].float(), slot))
     return out
 
 
@@ -69,7 +70,7 @@ def _head(
     softcap: float,
     logit_scale: float,
     tp_group: str,
-) -> sweep.Head:
+) -> Head:
     def take(x: Tensor) -> Tensor:
         return x if rows is None else x[rows]
 
@@ -79,11 +80,11 @@ def _head(
     else:
         t = take(row_temperature).float().contiguous()
     index = None if lora_index is None else take(lora_index)
-    shard, vocabulary = sweep.Shard.of(tp_group, weight.shape[0], weight.device)
+    shard, vocabulary = Shard.of(tp_group, weight.shape[0], weight.device)
     check_values(y, vocabulary, t, None, index, 0 if lora_a is None else lora_a.shape[0])
-    x = sweep.operand(x)
-    ref = None if ref_hidden is None else sweep.operand(take(ref_hidden)).to(x.dtype)
-    return sweep.Head(
+    x = operand(x)
+    ref = None if ref_hidden is None else operand(take(ref_hidden)).to(x.dtype)
+    return Head(
         x=x,
         ref=ref,
         weight=weight.detach(),
@@ -184,7 +185,7 @@ def forward(
     return (out[0], out[1], out[2], out[3], out[4], out[5], out[6], stats, vectors, logits)
 
 
-def _vectors(head: sweep.Head, stats: Tensor, grads: tuple[str, ...]) -> list[Tensor | None]:
+def _vectors(head: Head, stats: Tensor, grads: tuple[str, ...]) -> list[Tensor | None]:
     """d field / d hidden for each field, by one further sweep a field."""
     named = dict(zip(st.BACKWARD, stats))
     ones = torch.ones_like(stats[0])
