@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf_kernels.ops.logprob import state as st
 from rlhf_kernels.ops.logprob import sweep
+from rlhf_kernels.ops.logprob.checks import check_values
 
 RETURNED = ("logprob", "lse", "entropy", "ref_logprob", "kl", "rkl", "js")
 NEEDS = ("hidden", "weight", "bias", "lora_a", "lora_b")
@@ -37,17 +38,6 @@ def _valid_rows(target: Tensor, ignore_index: int, valid_rows: int) -> Tensor | 
     if valid_rows >= 0 and valid_rows != len(rows):
         raise ValueError(f"valid_rows is {valid_rows}, but {len(rows)} targets differ from ignore_index {ignore_index}")
     return None if len(rows) == len(target) else rows
-
-
-def _check_values(target: Tensor, vocabulary: int, temperature: Tensor, index: Tensor | None, adapters: int) -> None:
-    """Value checks of the CPU; `target` holds no ignored row."""
-    if target.numel() and (int(target.min()) < 0 or int(target.max()) >= vocabulary):
-        bad = int(target[(target < 0) | (target >= vocabulary)][0])
-        raise IndexError(f"target holds {bad}; it must lie in [0, {vocabulary}) or equal ignore_index")
-    if temperature.numel() and not bool((temperature > 0).all()):
-        raise ValueError(f"temperature holds {float(temperature.min())}; it must be > 0")
-    if index is not None and index.numel() and (int(index.min()) < -1 or int(index.max()) >= adapters):
-        raise IndexError(f"lora: adapter_index must lie in [-1, {adapters}), got up to {int(index.max())}")
 
 
 def _low_rank(x: Tensor, a: Tensor | None, b: Tensor | None, index: Tensor | None, scaling: Tensor | None) -> list:
@@ -90,8 +80,7 @@ def _head(
         t = take(row_temperature).float().contiguous()
     index = None if lora_index is None else take(lora_index)
     shard, vocabulary = sweep.Shard.of(tp_group, weight.shape[0], weight.device)
-    if x.device.type == "cpu":
-        _check_values(y, vocabulary, t, index, 0 if lora_a is None else lora_a.shape[0])
+    check_values(y, vocabulary, t, None, index, 0 if lora_a is None else lora_a.shape[0])
     x = sweep.operand(x)
     ref = None if ref_hidden is None else sweep.operand(take(ref_hidden)).to(x.dtype)
     return sweep.Head(
