@@ -1,9 +1,9 @@
 """Gold score on held-out prompts, before and after, with the controls that tell a gain from a trick.
 
-    rise      difference of the mean gold scores, in standard deviations of the SFT model's samples
-    length    the same for SFT samples cut or padded, word for word, to the trained policy's lengths
-    distinct  distinct word pairs over all of them (over SFT's)
-    nll       nats a token under the SFT model (less SFT's own)
+rise      difference of the mean gold scores, in standard deviations of the SFT model's samples
+length    the same for SFT samples cut or padded, word for word, to the trained policy's lengths
+distinct  distinct word pairs over all of them (over SFT's)
+nll       nats a token under the SFT model (less SFT's own)
 """
 
 from dataclasses import asdict, dataclass
