@@ -7,6 +7,7 @@ from typing import Any
 
 from .config import TrainConfig
 from .errors import UserError, one_line, shorten
+from .hub import unreachable
 
 Row = dict[str, Any]
 
@@ -112,6 +113,9 @@ def _read_dataset(name: str) -> Iterator[tuple[str, Row]]:
         import datasets
     except ImportError as error:
         raise UserError(f"prompts: {name!r} is no file, and `datasets` is not installed to look for it") from error
+    host = None if Path(dataset).exists() else unreachable()
+    if host:
+        datasets.config.HF_HUB_OFFLINE = True  # what its cache holds still loads
     try:
         if Path(dataset).is_dir() and (Path(dataset) / "dataset_info.json").exists():
             table = datasets.load_from_disk(dataset)
