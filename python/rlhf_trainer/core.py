@@ -164,9 +164,10 @@ def _check_output(output_dir: Path, config: TrainConfig) -> None:
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f"output_dir: {str(output_dir)!r} cannot be made: {str(above)!r} is no directory to write in")
     saved = checkpoint.newest_state(output_dir) if config.resume else None
-    for name, value in asdict(config).items() if saved is not None else ():
-        if name not in FREE_ON_RESUME and name in saved["config"] and saved["config"][name] != value:
-            was = saved["config"][name]
+    before = {} if saved is None else saved["config"]
+    for name, value in asdict(config).items():
+        if name not in FREE_ON_RESUME and name in before and before[name] != value:
+            was = before[name]
             raise UserError(f"resume: {name} was {was!r} in the checkpoint and is {value!r} now; they must agree")
     if not config.resume and checkpoint.steps(output_dir):
         raise UserError(
@@ -184,7 +185,7 @@ def _save(output_dir: Path, step: int, phase: Online | Offline, policy: Policy) 
 
 @contextmanager
 def _writing(output_dir: Path) -> Iterator[None]:
-    """A disk that is full or refuses is the user's to mend: one line, not a traceback. Checkpoints before stay whole."""
+    """A disk that is full or refuses is for the user to mend: one line. The checkpoints before stay whole."""
     try:
         yield
     except (OSError, SafetensorError) as error:

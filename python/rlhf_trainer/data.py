@@ -97,8 +97,10 @@ def load_preferences(config: TrainConfig, tokenizer: Any) -> list[Preference]:
     equal = 0
     for place, row in rows:
         text = rows.prompt_text(place, row, tokenizer)
+        if not text.strip():
+            raise UserError(f"{place}: the prompt is empty")
         answers = [rows.answer_text(place, row, column, text, tokenizer) for column in ("chosen", "rejected")]
-        tokens = _encode_prompt(tokenizer, text, rows.is_chat(row)) if text else []
+        tokens = _encode_prompt(tokenizer, text, rows.is_chat(row))
         if (prompt := length(place, tokens)) is None:
             continue
         chosen, rejected = (_encode_answer(tokenizer, a, config.max_completion_length) for a in answers)

@@ -31,7 +31,7 @@ class Offline:
     def _check_rows(self) -> None:
         """Finds tokens and lengths that the model has no embedding for before the run writes anything."""
         base = self.model.base_model(self.row.trained[0])
-        vocabulary = base.get_input_embeddings().num_embeddings
+        vocabulary = len(base.get_input_embeddings().weight)  # type: ignore[arg-type]
         positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
         for row in self.rows:
             for sequence in _sequences(row):
