@@ -6,6 +6,7 @@
 
 import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -43,6 +44,17 @@ def checks_values(tensor: torch.Tensor) -> bool:
     """
     here = tensor.device.type == "cpu" or os.environ.get("RLHF_KERNELS_CHECK") == "1"
     return here and not torch.compiler.is_compiling()
+
+
+def no_autocast(tensor: torch.Tensor) -> AbstractContextManager:
+    """A context for an op's body: it chooses its dtypes itself, and autocast's casts of its GEMMs would break it."""
+    return torch.autocast(tensor.device.type, enabled=False) if under_autocast(tensor) else nullcontext()
+
+
+def under_autocast(tensor: torch.Tensor) -> bool:
+    """Whether autocast is on for `tensor`'s device."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def native_available() -> bool:

@@ -88,7 +88,9 @@ def linear_logprob(
     if lora is not None:
         lora = check_lora(lora, hidden, weight, target)
     if registry.choose("linear_logprob", hidden) == "naive" and tp_group is None:
-        check_values(target, weight.shape[0], temperature, ignore_index)
+        candidates = (weight, bias, *(lora or ())[:2])
+        _resolve_save(save, hidden, [x for x in candidates if x is not None and x.requires_grad], ())
+        _check_definition_values(target, weight.shape[0], temperature, ignore_index, lora, valid_rows)
         found = naive.linear_logprob(
             hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
             ignore_index=ignore_index, entropy=entropy, ref_hidden=ref_hidden, ref_weight=ref_weight,
@@ -125,7 +127,8 @@ def _assemble(fields: dict[str, Tensor], names: tuple[str, ...], carried: tuple[
             logprob = fields["logprob"] if name in carried else fields["logprob"].detach()
             out[name] = sampled_estimator(name, logprob, fields["ref_logprob"].detach())
         else:
-            out[name] = fields[name] if name in carried else fields[name].detach()
+            keep = name in carried and name != "ref_logprob"  # the reference is a constant
+            out[name] = fields[name] if keep else fields[name].detach()
     return LinearLogprobOutput(**out)
 
 
@@ -170,3 +173,23 @@ def _lora_tensors(
         scaling = torch.full((a.shape[0],), float(scaling), dtype=torch.float32, device=a.device)
     scaling = scaling.detach().to(torch.float32).expand(a.shape[0]).contiguous()
     return a, b, None if index is None else index.reshape(-1), scaling
+
+
+def _check_definition_values(
+    target: Tensor,
+    vocabulary: int,
+    temperature: float | Tensor,
+    ignore_index: int,
+    lora: tuple | None,
+    valid_rows: int | None,
+) -> None:
+    """For the definition, which checks no values: what the op checks as it goes."""
+    if not registry.checks_values(target):
+        return
+    flat = target.reshape(-1)
+    counted = op.valid_rows_of(flat, ignore_index, -1 if valid_rows is None else valid_rows)
+    rows = slice(None) if counted is None else counted
+    heat = temperature.broadcast_to(target.shape) if isinstance(temperature, Tensor) else flat.new_ones(flat.shape)
+    index = lora[2].reshape(-1)[rows] if lora is not None and isinstance(lora[2], Tensor) else None
+    adapters = 0 if lora is None else len(lora[0])
+    check_values(flat[rows], vocabulary, heat.reshape(-1)[rows], None, index, adapters)

@@ -1,5 +1,6 @@
 """Checks of the log-probability ops' arguments, and of their values where the host may read them."""
 
+import math
 from collections.abc import Collection
 
 import torch
@@ -27,6 +28,10 @@ def check_arguments(
     valid_rows: int | None,
 ) -> tuple[str, ...]:
     """Checks everything but values of tensors; returns the names of the fields asked for."""
+    _check_tensors({"hidden": hidden, "weight": weight, "target": target})
+    for name, x in (("bias", bias), ("ref_hidden", ref_hidden), ("ref_weight", ref_weight)):
+        if x is not None:
+            _check_tensors({name: x})
     if hidden.dim() < 1 or not hidden.is_floating_point():
         raise TypeError(f"hidden must be a floating-point tensor [..., H], got {_describe(hidden)}")
     check_target(target, hidden.shape[:-1], hidden.device, "hidden's leading dimensions")
@@ -37,10 +42,12 @@ def check_arguments(
     if bias is not None:
         _check_matrix("bias", bias, hidden, (weight.shape[0],))
     check_temperature(temperature, target)
-    if softcap is not None and not softcap >= 0:
+    if softcap is not None and not _is_number(softcap):
+        raise TypeError(f"softcap is {softcap!r}; it must be None or a number")
+    if softcap is not None and not 0 <= softcap < math.inf:
         raise ValueError(f"softcap is {softcap}; it must be None or > 0")
-    if not isinstance(logit_scale, (int, float)) or logit_scale == 0:
-        raise ValueError(f"logit_scale is {logit_scale!r}; it must be a number other than 0")
+    if not _is_number(logit_scale) or not 0 < abs(logit_scale) < math.inf:
+        raise ValueError(f"logit_scale is {logit_scale!r}; it must be a finite number other than 0")
     if isinstance(divergence, str) or set(divergence) - set(DIVERGENCES):
         got = divergence if isinstance(divergence, str) else sorted(set(divergence) - set(DIVERGENCES))
         raise ValueError(f"divergence holds {got!r}; it must be a collection of {', '.join(DIVERGENCES)}")
@@ -84,6 +91,7 @@ def check_values(
 
 
 def check_target(target: Tensor, shape: torch.Size, device: torch.device, what: str) -> None:
+    _check_tensors({"target": target})
     if target.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"target has dtype {target.dtype}; it must be int32 or int64")
     if target.shape != shape:
@@ -94,6 +102,8 @@ def check_target(target: Tensor, shape: torch.Size, device: torch.device, what: 
 
 def check_temperature(temperature: float | Tensor, target: Tensor) -> None:
     if not isinstance(temperature, Tensor):
+        if not _is_number(temperature):
+            raise TypeError(f"temperature is {temperature!r}; it must be a number or a tensor")
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; it must be > 0")
         return
@@ -119,9 +129,11 @@ def _check_matrix(name: str, x: Tensor, hidden: Tensor, shape: tuple[int | None,
 
 def check_lora(lora: tuple, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple:
     """lora with A and B made 3-D."""
-    if len(lora) != 4:
-        raise ValueError(f"lora has {len(lora)} entries; it must be (A, B, adapter_index, scaling)")
+    if not isinstance(lora, (tuple, list)) or len(lora) != 4:
+        got = f"has {len(lora)} entries" if isinstance(lora, (tuple, list)) else f"is a {type(lora).__name__}"
+        raise ValueError(f"lora {got}; it must be (A, B, adapter_index, scaling)")
     a, b, index, scaling = lora
+    _check_tensors({"lora A": a, "lora B": b})
     if a.dim() == 2 and b.dim() == 2:
         a, b = a[None], b[None]
     rank = a.shape[1] if a.dim() == 3 else -1
@@ -140,6 +152,16 @@ def check_lora(lora: tuple, hidden: Tensor, weight: Tensor, target: Tensor) -> t
     if isinstance(scaling, Tensor) and scaling.numel() not in (1, a.shape[0]):
         raise ValueError(f"lora: scaling has {scaling.numel()} entries; it must be a float or one for each adapter")
     return a, b, index, scaling
+
+
+def _check_tensors(named: dict[str, object]) -> None:
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}; it must be a tensor")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _describe(x: Tensor) -> str:

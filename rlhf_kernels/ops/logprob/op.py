@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_kernels.ops import registry
 from rlhf_kernels.ops.logprob import state as st
 from rlhf_kernels.ops.logprob import sweep
 from rlhf_kernels.ops.logprob.checks import check_values
@@ -27,7 +28,7 @@ def _vector_dtype(hidden: Tensor) -> torch.dtype:
     return torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
 
 
-def _valid_rows(target: Tensor, ignore_index: int, valid_rows: int) -> Tensor | None:
+def valid_rows_of(target: Tensor, ignore_index: int, valid_rows: int) -> Tensor | None:
     """Indices of the rows that count; None means all of them (or unknown, under graph capture)."""
     mask = target != ignore_index
     if target.device.type == "cuda":
@@ -136,8 +137,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, asked, grads = len(target), _names(fields), _names(grad_fields)
     reference = ref_hidden is not None
-    with torch.no_grad():
-        rows = _valid_rows(target, ignore_index, valid_rows)
+    with torch.no_grad(), registry.no_autocast(hidden):
+        rows = valid_rows_of(target, ignore_index, valid_rows)
         head = _head(
             rows, hidden, weight, target, bias, row_temperature, ref_hidden, ref_weight, lora_a, lora_b, lora_index,
             lora_scaling, temperature, softcap, logit_scale, tp_group,
@@ -238,8 +239,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (hidden, weight, bias, lora_a, lora_b), empty where `needs` does not name them; upstream [F, N]."""
     n, wanted = len(target), _names(needs)
-    with torch.no_grad():
-        rows = _valid_rows(target, ignore_index, valid_rows)
+    with torch.no_grad(), registry.no_autocast(hidden):
+        rows = valid_rows_of(target, ignore_index, valid_rows)
         head = _head(
             rows, hidden, weight, target, bias, row_temperature, ref_hidden, ref_weight, lora_a, lora_b, lora_index,
             lora_scaling, temperature, softcap, logit_scale, tp_group,
@@ -273,6 +274,25 @@ def _(
     )
 
 
+@torch.library.custom_op("rlhf_kernels::linear_logprob_scaled_vectors", mutates_args=())
+def scaled_vectors(upstream: Tensor, vectors: Tensor, target: Tensor, like: Tensor, ignore_index: int) -> Tensor:
+    """Gradient of hidden in like's dtype: upstream [F, N] times vectors [F, N, H], summed over the fields.
+
+    An op, so that a second derivative is an error: as plain products the vectors would pass for constants, silently.
+    """
+    total: Tensor | None = None
+    for g, vector in zip(upstream, vectors):
+        term = torch.where(target == ignore_index, 0, g)[:, None] * vector
+        total = term if total is None else total.add_(term)
+    assert total is not None
+    return total.to(like.dtype)
+
+
+@scaled_vectors.register_fake
+def _(upstream, vectors, target, like, ignore_index):
+    return like.new_empty(vectors.shape[1:])
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     tensors, scalars = inputs[:11], inputs[11:]
     ctx.scalars = scalars
@@ -293,13 +313,9 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple:
         return nothing
     if save == "grad_vector":
         like, target, vectors = ctx.saved_tensors
-        total: Tensor | None = None
-        for name, vector in zip(_names(grad_fields), vectors):
-            if name in given:
-                g = torch.where(target == ignore_index, 0, given[name])
-                term = g[:, None] * vector
-                total = term if total is None else total + term
-        return (None if total is None else total.to(like.dtype), *nothing[1:])
+        names = _names(grad_fields)
+        upstream = torch.stack([given.get(name, torch.zeros_like(vectors[0, :, 0])) for name in names])
+        return (scaled_vectors(upstream, vectors, target, like, ignore_index), *nothing[1:])
     *tensors, stats, logits = ctx.saved_tensors
     positions = {"hidden": 0, "weight": 1, "bias": 3, "lora_a": 7, "lora_b": 8}
     needs = [name for name, i in positions.items() if ctx.needs_input_grad[i]]
