@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+
+from rlhf_kernels.nn import HydraModel, LoraSpec, Role
 from rlhf_trainer import TrainConfig, checkpoint, train
 from rlhf_trainer.cli import main
 from rlhf_trainer.errors import UserError
-
-from rlhf_kernels.nn import HydraModel, LoraSpec, Role
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
