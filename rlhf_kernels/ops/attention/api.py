@@ -167,6 +167,13 @@ def _check_index(name: str, x: Tensor, dims: int, q: Tensor) -> None:
 
 def _options(d: int, scale: float | None, window: int | None, softcap: float | None) -> tuple[float, int, float]:
     """scale, window and softcap as the registered ops take them: 0 means none."""
+    for name, value, kinds in (
+        ("scale", scale, (int, float)),
+        ("window", window, int),
+        ("softcap", softcap, (int, float)),
+    ):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+            raise TypeError(f"{name} is {value!r}; it must be {'an int' if kinds is int else 'a number'}, or None")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; it must be at least 1 (the token itself), or None")
     if softcap is not None and not softcap > 0:

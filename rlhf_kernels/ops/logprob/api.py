@@ -87,8 +87,8 @@ def linear_logprob(
     if lora is not None:
         lora = _check_lora(lora, hidden, weight, target)
     if registry.choose("linear_logprob", hidden) == "naive" and tp_group is None:
-        trained = (weight, bias, *(lora or ())[:2])
-        _resolve_save(save, hidden, [x for x in trained if x is not None and x.requires_grad], ())
+        a, b = (None, None) if lora is None else lora[:2]
+        _resolve_save(save, hidden, [x for x in (weight, bias, a, b) if x is not None and x.requires_grad], ())
         _check_values(target, weight.shape[0], temperature, ignore_index, lora, valid_rows)
         found = naive.linear_logprob(
             hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
@@ -308,8 +308,8 @@ def _check_values(
     if target.device.type != "cpu" or torch.compiler.is_compiling():
         return
     flat = target.reshape(-1)
-    rows = op.valid_rows_of(flat, ignore_index, -1 if valid_rows is None else valid_rows)
-    rows = slice(None) if rows is None else rows
+    counted = op.valid_rows_of(flat, ignore_index, -1 if valid_rows is None else valid_rows)
+    rows = slice(None) if counted is None else counted
     heat = temperature.broadcast_to(target.shape) if isinstance(temperature, Tensor) else flat.new_ones(flat.shape)
     index = lora[2].reshape(-1)[rows] if lora is not None and isinstance(lora[2], Tensor) else None
     op.check_values(flat[rows], vocabulary, heat.reshape(-1)[rows], index, 0 if lora is None else len(lora[0]))
