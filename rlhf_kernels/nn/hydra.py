@@ -29,6 +29,7 @@ from rlhf_kernels.nn.packing import Batch, Part, pack
 from rlhf_kernels.nn.roles import HydraOutput, Role, RoleOutput, default_roles
 from rlhf_kernels.ops.logprob import linear_logprob
 from rlhf_kernels.ops.lora import Routing
+from rlhf_kernels.ops.registry import no_autocast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,6 +56,8 @@ class HydraModel(nn.Module):
         super().__init__()
         if not bases:
             raise ValueError("bases is empty; a HydraModel needs at least one base")
+        if len({id(base) for base in bases.values()}) < len(bases):
+            raise ValueError("bases holds one model under two names; give each base a copy of its own")
         adapters = dict(adapters or {})
         self.bases = nn.ModuleDict({name: load_decoder(base, None, None) for name, base in bases.items()})
         self.roles: dict[str, Role] = default_roles(adapters, bases) if roles is None else dict(roles)
@@ -271,6 +274,17 @@ class HydraModel(nn.Module):
         rows_of = self._sequences(roles, row_roles, len(batch.lengths))
         if divergence and (REFERENCE not in rows_of or row_roles is not None):
             raise ValueError(f"divergence compares with role {REFERENCE!r}; name it in roles (row_roles cannot)")
+        if isinstance(temperature, Tensor) and temperature.ndim and temperature.shape != batch.lengths.shape:
+            raise ValueError(
+                f"temperature has shape {tuple(temperature.shape)}; it must be a number, or "
+                f"[{len(batch.lengths)}], one for each sequence"
+            )
+        known = {"logprob", "lse"} | ({"entropy"} if entropy else set())
+        known |= {"ref_logprob", *divergence} if divergence else set()
+        if grad_fields is not None and (isinstance(grad_fields, str) or set(grad_fields) - known):
+            raise ValueError(
+                f"grad_fields is {grad_fields!r}; it must be a collection of fields asked for: {sorted(known)}"
+            )
         hidden = self._hidden(batch, rows_of)
         options = {"entropy": entropy, "divergence": tuple(divergence), "grad_fields": grad_fields}
         out: dict[str, RoleOutput] = {}
@@ -323,8 +337,11 @@ class HydraModel(nn.Module):
     def _batch(
         self, tokens: Tensor, lengths: Tensor | Sequence[int], prompt_lengths: Tensor | Sequence[int] | None
     ) -> Batch:
-        if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.is_floating_point():
+        if not isinstance(tokens, Tensor) or tokens.ndim != 1 or not _is_int(tokens):
             raise TypeError("tokens must be a flat int tensor of all sequences end to end")
+        for name, value in (("lengths", lengths), ("prompt_lengths", prompt_lengths)):
+            if value is not None and torch.as_tensor(value).numel() and not _is_int(torch.as_tensor(value)):
+                raise TypeError(f"{name} must be ints, got {torch.as_tensor(value).dtype}")
         sizes = torch.as_tensor(lengths).long()
         if sizes.ndim != 1 or sizes.numel() == 0:
             raise ValueError(f"lengths is {list(sizes.shape)}; it must be [B] with B >= 1")
@@ -384,6 +401,8 @@ class HydraModel(nn.Module):
         """The final hidden states [rows, H] of one packed forward through `base`'s decoder."""
         model, routes = self._decoder(base), self.routes[base]
         packed = pack(parts, len(routes.specs), frozen=base not in self.trainable_bases)
+        if packed.input_ids.device.type == "cpu":
+            _check_tokens(packed.input_ids, cast(nn.Embedding, model.get_input_embeddings()).num_embeddings)
         decoder = getattr(model, model.base_model_prefix)
         with routes.use(packed.routing):
             return decoder(
@@ -401,11 +420,11 @@ class HydraModel(nn.Module):
     ) -> RoleOutput:
         role, head = self.role(name), self._head(name)
         if role.head == "reward":
-            return RoleOutput(reward=head(hidden[batch.last()].float()).squeeze(-1))
+            return RoleOutput(reward=_scalars(head, hidden[batch.last()]))
         places = batch.completions()
         before = hidden[places - 1]
         if role.head == "value":
-            return RoleOutput(value=head(before.float()).squeeze(-1))
+            return RoleOutput(value=_scalars(head, before))
         if isinstance(temperature, Tensor) and temperature.ndim:
             counts = (batch.lengths - batch.prompt_lengths).to(temperature.device)
             temperature = temperature.repeat_interleave(counts, output_size=places.numel())
@@ -419,7 +438,7 @@ class HydraModel(nn.Module):
                 compare["ref_weight"] = cast(nn.Linear, other.get_output_embeddings()).weight.detach()
         fields = options["grad_fields"]
         if fields is not None and reference is None:
-            fields = tuple(f for f in fields if f in ("logprob", "lse", "entropy"))
+            fields = tuple(f for f in fields if f in ("logprob", "lse", "entropy"))  # a role beside those compared
         result = linear_logprob(
             before, head.weight, batch.tokens[places], bias=head.bias, temperature=temperature,
             entropy=options["entropy"], grad_fields=fields, valid_rows=places.numel(), **head_shape(model), **compare,
@@ -463,6 +482,16 @@ class HydraModel(nn.Module):
         load_heads(mine, file)
 
 
+def _check_tokens(tokens: Tensor, vocabulary: int) -> None:
+    low, high = (int(t) for t in tokens.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise IndexError(f"tokens holds {low if low < 0 else high}; the vocabulary is 0 to {vocabulary - 1}")
+
+
+def _is_int(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
 def _restrict(
     batch: Batch, rows: Tensor, present: list[int] | None, wanted: list[int] | None, whole: Batch
 ) -> tuple[Batch, Tensor]:
@@ -471,6 +500,12 @@ def _restrict(
         return batch, rows
     pieces = rows.split(batch.lengths.tolist())
     return whole.select(wanted), torch.cat([pieces[present.index(i)] for i in wanted])
+
+
+def _scalars(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """One fp32 number a row, in fp32 under autocast too."""
+    with no_autocast(hidden):
+        return head(hidden.to(head.weight.dtype)).squeeze(-1).float()
 
 
 def _adapter_parameters(layer: LoRALinear) -> Iterator[nn.Parameter]:
