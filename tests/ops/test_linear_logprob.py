@@ -10,7 +10,7 @@ import tempfile
 import pytest
 import torch
 
-from rlhf_kernels.ops.logprob import linear_logprob, naive, native, op, sweep
+from rlhf_kernels.ops.logprob import head, linear_logprob, naive, native, op
 
 ALL_DIVERGENCES = ("kl", "rkl", "js", "k1", "k2", "k3")
 DISTRIBUTION_FIELDS = ("logprob", "lse", "entropy", "kl", "rkl", "js")
@@ -318,7 +318,7 @@ def test_number_of_gemms(monkeypatch, grads, save, grad_mode, products):
     """One product for the logits, one a gradient of hidden; none of them for what nobody differentiates."""
     hidden, weight = torch.randn(8, 16, requires_grad=True), torch.randn(40, 16)
     count = 0
-    mm, add = sweep.mm_fp32, sweep.Pullback.add
+    mm, add = head.mm_fp32, head.Pullback.add
 
     def counted(original):
         def call(*args):
@@ -328,8 +328,8 @@ def test_number_of_gemms(monkeypatch, grads, save, grad_mode, products):
 
         return call
 
-    monkeypatch.setattr(sweep, "mm_fp32", counted(mm))
-    monkeypatch.setattr(sweep.Pullback, "add", counted(add))
+    monkeypatch.setattr(head, "mm_fp32", counted(mm))
+    monkeypatch.setattr(head.Pullback, "add", counted(add))
     with torch.set_grad_enabled(grad_mode):
         out = linear_logprob(hidden, weight, torch.arange(8), entropy=True, grad_fields=grads, save=save)
     if grad_mode and grads:

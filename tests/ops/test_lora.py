@@ -88,7 +88,7 @@ def test_masks_on_a_device_the_host_may_not_read_give_the_same(monkeypatch):
     leaves = tensors(rows=len(index))
     y, grads = run(leaves, index, [0.5, 2.0, 1.0])
     monkeypatch.setattr("rlhf_kernels.ops.lora.native.by_segments", lambda x, runs: runs is not None)
-    monkeypatch.setattr("rlhf_kernels.ops.lora.native.check_values", lambda t: False)
+    monkeypatch.setattr("rlhf_kernels.ops.lora.native.checks_values", lambda t: False)
     y2, grads2 = run(leaves, index, [0.5, 2.0, 1.0])
     torch.testing.assert_close(y2, y)
     for got, want in zip(grads2, grads):

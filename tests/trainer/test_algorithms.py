@@ -8,10 +8,11 @@ import pytest
 import reference_algorithms as reference
 import tiny
 import torch
+from safetensors.torch import load_file
+
 from rlhf_trainer import core
 from rlhf_trainer.algorithms import TABLE, find, with_defaults
 from rlhf_trainer.models import load_tokenizer
-from safetensors.torch import load_file
 
 ONLINE = ["ppo", "lora-ppo", "j-hydra-ppo", "hydra-ppo", "remax"]
 SHAPED = {"missing_eos_penalty": 0.5, "reward_clip": 0.8, "temperature": 0.7, "kl_coef": 0.3}

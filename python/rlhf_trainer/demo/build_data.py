@@ -3,30 +3,33 @@
     python -m rlhf_trainer.demo.build_data [--out DIR]
 
 A preference pair is two completions of one prompt, samples of the checkpoint or what the documentation really says,
-whose gold scores differ by MARGIN points or more: what the reward head learns from. No prompt appears in two files. Called by `build_checkpoint`.
+whose gold scores differ by MARGIN points or more: what the reward head learns from. Samples alone do not show what a
+policy will try once it is paid for the topic's words, so some pairs set a text against itself spoilt: its topic words
+all made one, its phrases said twice, or topic words strewn in. No prompt appears in two files.
 """
 
 import argparse
 import json
+import random
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_trainer.demo import ASSETS, corpus
-from rlhf_trainer.demo.gold import Gold
+from rlhf_trainer.demo.gold import TOPIC, Gold
 
 SAMPLES, PAIRS = 16, 7  # samples a preference prompt, and at most so many pairs of them
 MARGIN = 6.0  # gold points, not quite half a standard deviation: closer pairs teach noise
 MAX_NEW_TOKENS = 40
 DEMONSTRATIONS = 4096
+SPOILT = 3  # pairs a prompt, at most, of a text and itself spoilt
 
 
 @torch.no_grad()
-def sample(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch: int = 256
-) -> list[tuple[str, bool]]:
+def sample(model: Any, tokenizer: Any, prompts: list[str], batch: int = 256) -> list[tuple[str, bool]]:
     """One sample at temperature 1 for each prompt: its text, and whether it ended by itself."""
     eos, found = tokenizer.eos_token_id, []
     for start in range(0, len(prompts), batch):
@@ -58,6 +61,42 @@ def preference_pairs(prompts: list[str], samples: list[list[tuple[str, bool]]], 
     return rows
 
 
+def spoil(text: str, rng: random.Random) -> str:
+    """A text with the faults of a policy that has seen through its reward; the kind of fault is drawn."""
+    said = text.split()
+    topical = [i for i, word in enumerate(said) if word.strip(",.;()'\"").lower() in TOPIC]
+    kind = rng.randrange(3)
+    if kind == 0 and len(topical) > 1:  # one topic word for all
+        word = said[topical[0]].strip(",.;()'\"")
+        said = [word if i in topical else w for i, w in enumerate(said)]
+    elif kind == 1 and topical:  # a phrase said again
+        for _ in range(rng.randint(1, 3)):
+            at = rng.choice(topical)
+            phrase = said[max(at - rng.randint(1, 3), 0) : at + 1]
+            where = rng.randint(0, len(said) - 1)
+            said = said[:where] + phrase + said[where:]
+            topical = [i if i < where else i + len(phrase) for i in topical]
+    else:  # topic words strewn in
+        strewn = sorted(TOPIC)
+        for _ in range(rng.randint(1, 5)):
+            said.insert(rng.randint(0, len(said) - 1), rng.choice(strewn))
+    return " " + " ".join(said)
+
+
+def spoilt_pairs(
+    prompts: list[str], texts: list[list[tuple[str, bool]]], gold: Gold, rng: random.Random
+) -> list[dict[str, str]]:
+    """Pairs of a text and itself spoilt, where gold sees that it is worse."""
+    rows = []
+    for prompt, candidates in zip(prompts, texts):
+        whole = [text for text, ended in candidates if ended and len(text.split()) > 2]
+        for text in rng.sample(whole, min(SPOILT, len(whole))):
+            other = spoil(text, rng)
+            if gold.score(prompt, text, True) - gold.score(prompt, other, True) >= MARGIN:
+                rows.append({"prompt": prompt, "chosen": text, "rejected": other})
+    return rows
+
+
 def first_seen(prompts: list[str], taken: set[str]) -> list[str]:
     """Distinct prompts that are in none of the files written before."""
     fresh = [p for p in dict.fromkeys(prompts) if p not in taken]
@@ -83,7 +122,7 @@ def build(out: Path, seed: int) -> dict[str, int]:
     torch.manual_seed(seed)
     flat = sample(model, tokenizer, [p for p in asked for _ in range(SAMPLES)])
     texts = [[(real[p], True), *flat[i * SAMPLES : (i + 1) * SAMPLES]] for i, p in enumerate(asked)]
-    pairs = preference_pairs(asked, texts, gold)
+    pairs = preference_pairs(asked, texts, gold) + spoilt_pairs(asked, texts, gold, random.Random(seed))
     cuts = [corpus.cut(s) for s in parts.train[:DEMONSTRATIONS]]
     files = {
         "eval_prompts": [{"prompt": p} for p in evaluation],

@@ -1,11 +1,12 @@
 """Gold score on held-out prompts, before and after, with the controls that tell a gain from a trick.
 
-    rise      difference of the mean gold scores, in standard deviations of the SFT model's samples
-    length    the same for SFT samples cut or padded, word for word, to the trained policy's lengths
-    distinct  distinct word pairs over all of them (over SFT's)
-    nll       nats a token under the SFT model (less SFT's own)
+rise      difference of the mean gold scores, in standard deviations of the SFT model's samples
+length    the same for SFT samples cut or padded, word for word, to the trained policy's lengths
+distinct  distinct word pairs over all of them (over SFT's)
+nll       nats a token under the SFT model (less SFT's own)
 """
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -17,7 +18,7 @@ from rlhf_kernels.generation import SamplingParams, SlicedGenerator
 from rlhf_kernels.nn import HydraModel, LoraSpec, Role
 from rlhf_trainer.demo import data_path
 from rlhf_trainer.demo.gold import Gold, distinct_2, embedded, words
-from rlhf_trainer.demo.settings import EVAL_PROMPTS, MAX_COMPLETION
+from rlhf_trainer.demo.settings import ADAPTERS, EVAL_PROMPTS, MAX_COMPLETION
 from rlhf_trainer.rollout import pack
 
 SEED = 20_240_601  # of the evaluation's draws: the same prompts and streams for every model
@@ -75,7 +76,7 @@ def load_policy(algorithm: str, base: Path, output_dir: Path) -> HydraModel:
     if algorithm in ("ppo", "remax"):
         return HydraModel.from_pretrained(output_dir, roles={"actor": Role(None, "lm")}, dtype=torch.float32)
     name = "joint" if algorithm == "j-hydra-ppo" else "actor"
-    spec = LoraSpec(r=16, alpha=32)
+    spec = LoraSpec(r=ADAPTERS["lora_r"], alpha=ADAPTERS["lora_alpha"])
     model = HydraModel.from_pretrained(base, {name: spec}, {"actor": Role(name, "lm")}, dtype=torch.float32)
     model.load_adapters(output_dir)
     return model
@@ -89,13 +90,17 @@ def sample(policy: HydraModel, sft: HydraModel, tokenizer: Any, prompts: list[st
     rollouts = SlicedGenerator(policy, "32MiB").generate(encoded, params, role="actor")
     texts = [tokenizer.decode(r.tokens, skip_special_tokens=True) for r in rollouts]
     ended = [r.finish_reason != "length" for r in rollouts]
-    rewards, loss, count = [], 0.0, 0
+    rewards: list[float] = []
+    loss, count = 0.0, 0
     for start in range(0, len(rollouts), 64):
         part = pack([(encoded[r.prompt_index], r.tokens) for r in rollouts[start : start + 64]])
         out = sft.score(part.tokens, part.lengths, ("actor", "reward"), part.prompt_lengths)
-        rewards += out["reward"].reward.tolist()
-        loss -= float(out["actor"].logprob.sum())
-        count += out["actor"].logprob.numel()
+        scores, logprobs = out["reward"].reward, out["actor"].logprob
+        assert scores is not None
+        assert logprobs is not None
+        rewards += scores.tolist()
+        loss -= float(logprobs.sum())
+        count += logprobs.numel()
     gold = embedded()
     return Sampled(
         prompts=prompts,
@@ -148,7 +153,5 @@ def compare(before: Sampled, after: Sampled) -> Comparison:
 
 def held_out_prompts() -> list[str]:
     """The 256 prompts of the evaluation."""
-    import json
-
     lines = Path(data_path("eval_prompts")).read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["prompt"] for line in lines[:EVAL_PROMPTS]]

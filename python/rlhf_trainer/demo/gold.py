@@ -2,7 +2,7 @@
 
 A completion of n words scores
 
-    100 * |distinct topic words that stand well| / max(n, 8)  +  10 * complete  -  100 * (garbled + repeated) / n
+    100 * |distinct topic words that stand well| / max(n, 8)  +  10 * complete  -  (50 * garbled + 100 * repeated) / n
 
 in points, where a topic word (file, string, line, read, ...) *stands well* when the corpus has it after the same
 word, *complete* is 1 for a text that ends with a full stop and the end token, *garbled* counts words that the corpus
@@ -87,7 +87,7 @@ class Gold:
         return (
             100.0 * len(topical) / max(len(said), FLOOR)
             + COMPLETE * complete
-            - 100.0 * (garbled + repeated) / len(said)
+            - (50.0 * garbled + 100.0 * repeated) / len(said)
         )
 
 

@@ -4,7 +4,6 @@ Query head h reads key/value head h // (heads // kv_heads). A query at position 
 i - window < j <= i.
 """
 
-import os
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -181,10 +180,6 @@ def _options(d: int, scale: float | None, window: int | None, softcap: float | N
     return d**-0.5 if scale is None else float(scale), window or 0, softcap or 0.0
 
 
-def _values_checked(x: Tensor) -> bool:
-    return x.device.type == "cpu" or os.environ.get("RLHF_KERNELS_CHECK") == "1"
-
-
 def _check_borders(name: str, borders: Tensor, tokens: int) -> None:
     places = borders.tolist()
     if places[0] != 0 or places[-1] != tokens or any(a > b for a, b in pairwise(places)):
@@ -211,7 +206,7 @@ def _check_slices(keys: Tensor, tokens: int, slice_table: Tensor, context_lens: 
 
 @torch.library.custom_op("rlhf_kernels::varlen_attention", mutates_args=())
 def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int, softcap: float) -> Tensor:
-    if _values_checked(cu_seqlens):
+    if registry.checks_values(cu_seqlens):
         _check_borders("cu_seqlens", cu_seqlens, q.shape[0])
     return naive.varlen_attention(q, k, v, cu_seqlens, scale, window or None, softcap or None)
 
@@ -263,7 +258,7 @@ def _sliced(
     window: int,
     softcap: float,
 ) -> Tensor:
-    if _values_checked(cu_q):
+    if registry.checks_values(cu_q):
         _check_slices(keys, q.shape[0], slice_table, context_lens, cu_q)
     options = (scale, window or None, softcap or None)
     return naive.sliced_attention(q, keys, values, slice_table, context_lens, cu_q, *options)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlhf_kernels.ops import registry
 from rlhf_kernels.ops.lora import naive, native
-from rlhf_kernels.ops.lora.routing import Routing, check_index, check_values
+from rlhf_kernels.ops.lora.routing import Routing, check_index
 
 
 def lora_linear(
@@ -93,7 +93,7 @@ def apply(
             assert runs is not None
             counts = torch.tensor([hi - lo for lo, hi, _ in native.triples(runs)], device=x.device)
             index = torch.tensor(runs[2::3], device=x.device).repeat_interleave(counts, output_size=x.shape[0])
-        if check_values(index):
+        if registry.checks_values(index):
             check_index(index, len(lora_a))
         scales = scaling if scaling_tensor is None else scaling_tensor
         return naive.lora_linear(x, weight, bias, lora_a, lora_b, index, scales, grad_rows)
