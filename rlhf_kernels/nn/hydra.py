@@ -197,6 +197,7 @@ class HydraModel(nn.Module):
         attach_adapters(self.decoder(where), {name: spec}, self.target_modules)
 
     def delete_adapter(self, name: str) -> None:
+        """Forgets an adapter; roles that name it raise ValueError until one of that name is added."""
         detach_adapter(self.decoder(self.base_of(name)), name)
 
     @torch.no_grad()

@@ -106,6 +106,8 @@ def sliced_attention(
     Raises:
         TypeError, ValueError, IndexError: an argument of the wrong dtype, shape or device, or (on the CPU) lengths and
             slices that do not fit.
+
+    Source: Kwon et al., 2023 (PagedAttention); softcap: Gemma 2, 2024.
     """
     _check_rows("q", q, 3)
     if not 0 <= layer < len(arena.layers):
