@@ -11,7 +11,6 @@ from rlhf_kernels.ops.logprob import naive, op
 from rlhf_kernels.ops.logprob.checks import check_arguments, check_lora, check_values
 from rlhf_kernels.ops.logprob.native import HALF_AND_SINGLE
 from rlhf_kernels.ops.logprob.outputs import FIELDS, SAMPLED, LinearLogprobOutput, sampled_estimator
-from rlhf_kernels.ops.lora.routing import check_index
 
 Save = Literal["auto", "grad_vector", "recompute", "logits"]
 
@@ -93,17 +92,9 @@ def linear_logprob(
     if lora is not None:
         lora = check_lora(lora, hidden, weight, target)
     if registry.choose("linear_logprob", hidden) == "naive" and tp_group is None:
-        a, b, index = (None, None, None) if lora is None else lora[:3]
-        _resolve_save(save, hidden, [x for x in (weight, bias, a, b) if x is not None and x.requires_grad], ())
-        check_values(target, weight.shape[0], temperature, ignore_index)
-        if isinstance(index, Tensor) and a is not None and registry.checks_values(index):
-            check_index(index[target != ignore_index], len(a))
-        if (
-            valid_rows is not None
-            and registry.checks_values(target)
-            and valid_rows != int((target != ignore_index).sum())
-        ):
-            raise ValueError(f"valid_rows is {valid_rows}, but it must count the targets other than ignore_index")
+        candidates = (weight, bias, *(lora or ())[:2])
+        _resolve_save(save, hidden, [x for x in candidates if x is not None and x.requires_grad], ())
+        _check_definition_values(target, weight.shape[0], temperature, ignore_index, lora, valid_rows)
         found = naive.linear_logprob(
             hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
             ignore_index=ignore_index, entropy=entropy, ref_hidden=ref_hidden, ref_weight=ref_weight,
@@ -186,3 +177,23 @@ def _lora_tensors(
         scaling = torch.full((a.shape[0],), float(scaling), dtype=torch.float32, device=a.device)
     scaling = scaling.detach().to(torch.float32).expand(a.shape[0]).contiguous()
     return a, b, None if index is None else index.reshape(-1), scaling
+
+
+def _check_definition_values(
+    target: Tensor,
+    vocabulary: int,
+    temperature: float | Tensor,
+    ignore_index: int,
+    lora: tuple | None,
+    valid_rows: int | None,
+) -> None:
+    """For the definition, which checks no values: what the op checks as it goes."""
+    if not registry.checks_values(target):
+        return
+    flat = target.reshape(-1)
+    counted = op.valid_rows_of(flat, ignore_index, -1 if valid_rows is None else valid_rows)
+    rows = slice(None) if counted is None else counted
+    heat = temperature.broadcast_to(target.shape) if isinstance(temperature, Tensor) else flat.new_ones(flat.shape)
+    index = lora[2].reshape(-1)[rows] if lora is not None and isinstance(lora[2], Tensor) else None
+    adapters = 0 if lora is None else len(lora[0])
+    check_values(flat[rows], vocabulary, heat.reshape(-1)[rows], None, index, adapters)
