@@ -28,7 +28,7 @@ def _vector_dtype(hidden: Tensor) -> torch.dtype:
     return torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
 
 
-def _valid_rows(target: Tensor, ignore_index: int, valid_rows: int) -> Tensor | None:
+def valid_rows_of(target: Tensor, ignore_index: int, valid_rows: int) -> Tensor | None:
     """Indices of the rows that count; None means all of them (or unknown, under graph capture)."""
     mask = target != ignore_index
     if target.device.type == "cuda":
@@ -138,7 +138,7 @@ def forward(
     n, asked, grads = len(target), _names(fields), _names(grad_fields)
     reference = ref_hidden is not None
     with torch.no_grad(), no_autocast(hidden):
-        rows = _valid_rows(target, ignore_index, valid_rows)
+        rows = valid_rows_of(target, ignore_index, valid_rows)
         head = _head(
             rows, hidden, weight, target, bias, row_temperature, ref_hidden, ref_weight, lora_a, lora_b, lora_index,
             lora_scaling, temperature, softcap, logit_scale, tp_group,
@@ -240,7 +240,7 @@ def backward(
     """Gradients of (hidden, weight, bias, lora_a, lora_b), empty where `needs` does not name them; upstream [F, N]."""
     n, wanted = len(target), _names(needs)
     with torch.no_grad(), no_autocast(hidden):
-        rows = _valid_rows(target, ignore_index, valid_rows)
+        rows = valid_rows_of(target, ignore_index, valid_rows)
         head = _head(
             rows, hidden, weight, target, bias, row_temperature, ref_hidden, ref_weight, lora_a, lora_b, lora_index,
             lora_scaling, temperature, softcap, logit_scale, tp_group,
