@@ -12,7 +12,7 @@ from rlhf_kernels.integrations.transformers import head_shape
 from rlhf_kernels.nn.packing import Batch, Part, pack
 from rlhf_kernels.nn.roles import HydraOutput, RoleOutput
 from rlhf_kernels.ops.logprob import linear_logprob
-from rlhf_kernels.ops.registry import checks_values
+from rlhf_kernels.ops.registry import checks_values, no_autocast
 
 if TYPE_CHECKING:
     from rlhf_kernels.nn.hydra import HydraModel
@@ -37,6 +37,17 @@ def run_roles(
     rows_of = _sequences(roles, row_roles, len(batch.lengths))
     if divergence and (REFERENCE not in rows_of or row_roles is not None):
         raise ValueError(f"divergence compares with role {REFERENCE!r}; name it in roles (row_roles cannot)")
+    if isinstance(temperature, Tensor) and temperature.ndim and temperature.shape != batch.lengths.shape:
+        raise ValueError(
+            f"temperature has shape {tuple(temperature.shape)}; it must be a number, or one for each sequence, "
+            f"[{len(batch.lengths)}]"
+        )
+    known = {"logprob", "lse"} | ({"entropy"} if entropy else set())
+    known |= {"ref_logprob", *divergence} if divergence else set()
+    if grad_fields is not None and (isinstance(grad_fields, str) or set(grad_fields) - known):
+        raise ValueError(
+            f"grad_fields is {grad_fields!r}; it must be a collection of fields asked for: {sorted(known)}"
+        )
     hidden = _hidden(model, batch, rows_of)
     options = {"entropy": entropy, "divergence": tuple(divergence), "grad_fields": grad_fields}
     out: dict[str, RoleOutput] = {}
@@ -59,8 +70,11 @@ def checked_batch(
     tokens: Tensor, lengths: Tensor | Sequence[int], prompt_lengths: Tensor | Sequence[int] | None, device: torch.device
 ) -> Batch:
     """The arguments of a forward as a Batch on `device`. TypeError, ValueError by the name of what is wrong."""
-    if not isinstance(tokens, Tensor) or tokens.ndim != 1 or tokens.is_floating_point():
+    if not isinstance(tokens, Tensor) or tokens.ndim != 1 or not _is_int(tokens):
         raise TypeError("tokens must be a flat int tensor of all sequences end to end")
+    for name, value in (("lengths", lengths), ("prompt_lengths", prompt_lengths)):
+        if value is not None and torch.as_tensor(value).numel() and not _is_int(torch.as_tensor(value)):
+            raise TypeError(f"{name} must be ints, got {torch.as_tensor(value).dtype}")
     sizes = torch.as_tensor(lengths).long()
     if sizes.ndim != 1 or sizes.numel() == 0:
         raise ValueError(f"lengths is {list(sizes.shape)}; it must be [B] with B >= 1")
@@ -121,6 +135,8 @@ def _run(model: "HydraModel", base: str, parts: list[Part]) -> Tensor:
     """The final hidden states [rows, H] of one packed forward through `base`'s decoder."""
     base_model, routes = model.decoder(base), model.routes[base]
     packed = pack(parts, len(routes.specs), frozen=base not in model.trainable_bases)
+    if checks_values(packed.input_ids):
+        _check_tokens(packed.input_ids, cast(nn.Embedding, base_model.get_input_embeddings()).num_embeddings)
     decoder = getattr(base_model, base_model.base_model_prefix)
     with routes.use(packed.routing):
         return decoder(
@@ -139,11 +155,11 @@ def _apply_head(
 ) -> RoleOutput:
     role, head = model.role(name), model.head(name)
     if role.head == "reward":
-        return RoleOutput(reward=head(hidden[batch.last()].float()).squeeze(-1))
+        return RoleOutput(reward=_scalars(head, hidden[batch.last()]))
     places = batch.completions()
     before = hidden[places - 1]
     if role.head == "value":
-        return RoleOutput(value=head(before.float()).squeeze(-1))
+        return RoleOutput(value=_scalars(head, before))
     if isinstance(temperature, Tensor) and temperature.ndim:
         counts = (batch.lengths - batch.prompt_lengths).to(temperature.device)
         temperature = temperature.repeat_interleave(counts, output_size=places.numel())
@@ -164,6 +180,22 @@ def _apply_head(
     )  # fmt: skip
     names = [f for f in RoleOutput.__dataclass_fields__ if hasattr(result, f)]
     return RoleOutput(**{f: getattr(result, f) for f in names})
+
+
+def _scalars(head: nn.Module, hidden: Tensor) -> Tensor:
+    """One fp32 number a row, in fp32 under autocast too."""
+    with no_autocast(hidden):
+        return head(hidden.to(cast(nn.Linear, head).weight.dtype)).squeeze(-1).float()
+
+
+def _check_tokens(tokens: Tensor, vocabulary: int) -> None:
+    low, high = (int(t) for t in tokens.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise IndexError(f"tokens holds {low if low < 0 else high}; the vocabulary is 0 to {vocabulary - 1}")
+
+
+def _is_int(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 def _restrict(

@@ -53,6 +53,8 @@ class HydraModel(nn.Module):
         super().__init__()
         if not bases:
             raise ValueError("bases is empty; a HydraModel needs at least one base")
+        if len({id(base) for base in bases.values()}) < len(bases):
+            raise ValueError("bases holds one model under two names; give each base a copy of its own")
         adapters = dict(adapters or {})
         self.bases = nn.ModuleDict({name: load_decoder(base, None, None) for name, base in bases.items()})
         self.roles: dict[str, Role] = default_roles(adapters, bases) if roles is None else dict(roles)
@@ -195,6 +197,7 @@ class HydraModel(nn.Module):
         attach_adapters(self.decoder(where), {name: spec}, self.target_modules)
 
     def delete_adapter(self, name: str) -> None:
+        """Forgets an adapter; roles that name it raise ValueError until one of that name is added."""
         detach_adapter(self.decoder(self.base_of(name)), name)
 
     @torch.no_grad()

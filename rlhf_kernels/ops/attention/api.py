@@ -106,6 +106,8 @@ def sliced_attention(
     Raises:
         TypeError, ValueError, IndexError: an argument of the wrong dtype, shape or device, or (on the CPU) lengths and
             slices that do not fit.
+
+    Source: Kwon et al., 2023 (PagedAttention); softcap: Gemma 2, 2024.
     """
     _check_rows("q", q, 3)
     if not 0 <= layer < len(arena.layers):
@@ -166,6 +168,13 @@ def _check_index(name: str, x: Tensor, dims: int, q: Tensor) -> None:
 
 def _options(d: int, scale: float | None, window: int | None, softcap: float | None) -> tuple[float, int, float]:
     """scale, window and softcap as the registered ops take them: 0 means none."""
+    for name, value, kinds in (
+        ("scale", scale, (int, float)),
+        ("window", window, int),
+        ("softcap", softcap, (int, float)),
+    ):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+            raise TypeError(f"{name} is {value!r}; it must be {'an int' if kinds is int else 'a number'}, or None")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; it must be at least 1 (the token itself), or None")
     if softcap is not None and not softcap > 0:

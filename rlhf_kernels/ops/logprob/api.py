@@ -79,6 +79,10 @@ def linear_logprob(
         ValueError, TypeError: shapes, dtypes, devices, unknown names, temperature <= 0, save="grad_vector" when more
             than `hidden` needs a gradient. IndexError: a target or adapter index out of range (tensors'
             values on the CPU, elsewhere with RLHF_KERNELS_CHECK=1).
+
+    Differentiable once: a second derivative raises RuntimeError (float64, which autograd differentiates, excepted).
+
+    Source: the formulas above; k1, k2, k3: Schulman, "Approximating KL divergence", 2020.
     """
     names = check_arguments(
         hidden, weight, target, bias, temperature, softcap, logit_scale, ref_hidden, ref_weight, divergence, entropy,

@@ -40,6 +40,8 @@ def logprob(
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, temperature <= 0. IndexError: a target out of range
             (tensors' values on the CPU, elsewhere with RLHF_KERNELS_CHECK=1).
+
+    Source: log-softmax, as in `linear_logprob`.
     """
     if logits.dim() < 1 or not logits.is_floating_point() or logits.shape[-1] == 0:
         raise TypeError(f"logits must be a floating-point tensor [..., V], got {logits.dtype} {tuple(logits.shape)}")

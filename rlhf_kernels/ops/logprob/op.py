@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels.ops import registry
 from rlhf_kernels.ops.logprob import state as st
 from rlhf_kernels.ops.logprob import sweep
 from rlhf_kernels.ops.logprob.checks import check_values
 from rlhf_kernels.ops.logprob.head import Head, LowRank, Shard, operand
+from rlhf_kernels.ops.registry import no_autocast
 
 RETURNED = ("logprob", "lse", "entropy", "ref_logprob", "kl", "rkl", "js")
 NEEDS = ("hidden", "weight", "bias", "lora_a", "lora_b")
@@ -137,7 +137,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, asked, grads = len(target), _names(fields), _names(grad_fields)
     reference = ref_hidden is not None
-    with torch.no_grad(), registry.no_autocast(hidden):
+    with torch.no_grad(), no_autocast(hidden):
         rows = valid_rows_of(target, ignore_index, valid_rows)
         head = _head(
             rows, hidden, weight, target, bias, row_temperature, ref_hidden, ref_weight, lora_a, lora_b, lora_index,
@@ -239,7 +239,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (hidden, weight, bias, lora_a, lora_b), empty where `needs` does not name them; upstream [F, N]."""
     n, wanted = len(target), _names(needs)
-    with torch.no_grad(), registry.no_autocast(hidden):
+    with torch.no_grad(), no_autocast(hidden):
         rows = valid_rows_of(target, ignore_index, valid_rows)
         head = _head(
             rows, hidden, weight, target, bias, row_temperature, ref_hidden, ref_weight, lora_a, lora_b, lora_index,

@@ -40,8 +40,8 @@ def lora_linear(
         routing: `build_routing(adapter_index, n)`, computed once a batch; it stands for adapter_index.
 
     Returns:
-        [..., N] of x's dtype (under autocast: in autocast's, as torch's linear). Differentiable in x, weight, bias,
-        lora_a and lora_b where they require it.
+        [..., N] of x's dtype (under autocast: in autocast's, as torch's linear gives it). Differentiable in x, weight,
+        bias, lora_a and lora_b where they require it.
 
     Guarantees: a row does not see another row's adapter, whatever that holds (NaN, inf); a bypassed row is bit-equal to
     the same call with every row bypassed; W is never copied, x only where an adapter's rows lie scattered.
