@@ -2,16 +2,15 @@
 
     python -m rlhf_trainer.demo.build_data [--out DIR]
 
-A preference pair is two completions of one prompt, samples of the checkpoint or what the documentation really says,
-whose gold scores differ by MARGIN points or more: what the reward head learns from. Samples alone do not show what a
-policy will try once it is paid for the topic's words, so some pairs set a text against itself spoilt: its topic words
-all made one, its phrases said twice, or topic words strewn in. No prompt appears in two files.
+A preference pair is two completions of one prompt whose gold scores differ by MARGIN points or more: what the reward
+head learns from. Most are samples of the checkpoint. Samples alone do not show what a policy will try once it is paid
+for the topic's words, so other pairs set a text, real or sampled, against itself spoilt: its topic words all made one
+or taken out, its phrases said twice, topic words strewn in. No prompt appears in two files.
 """
 
 import argparse
 import json
 import random
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlhf_trainer.demo import ASSETS, corpus
 from rlhf_trainer.demo.gold import TOPIC, Gold
 
-SAMPLES, PAIRS = 16, 7  # samples a preference prompt, and at most so many pairs of them
-MARGIN = 6.0  # gold points, not quite half a standard deviation: closer pairs teach noise
+SAMPLES = 16  # of each preference prompt
+MORE_PROMPTS = 1500  # preference prompts from sentences that the checkpoint was trained on
+SPOILT = 1  # sample of each preference prompt is set against itself spoilt
+REAL = 5000  # sentences of the corpus that are set against themselves spoilt
+MARGIN = 6.0  # gold points, half a standard deviation: closer pairs teach noise
 MAX_NEW_TOKENS = 40
 DEMONSTRATIONS = 4096
-SPOILT = 3  # pairs a prompt, at most, of a text and itself spoilt
 
 
 @torch.no_grad()
@@ -48,27 +49,28 @@ def sample(model: Any, tokenizer: Any, prompts: list[str], batch: int = 256) -> 
     return found
 
 
-def preference_pairs(prompts: list[str], samples: list[list[tuple[str, bool]]], gold: Gold) -> list[dict[str, str]]:
-    """Pairs of whole sentences, widest margin first, none in two pairs."""
+def sampled_pairs(
+    prompts: list[str], texts: list[list[tuple[str, bool]]], gold: Gold, rng: random.Random
+) -> list[dict[str, str]]:
+    """Pairs of whole texts drawn at random, none in two pairs: the chosen ones stay close to what the model says."""
     rows = []
-    for prompt, texts in zip(prompts, samples):
-        scored = sorted({(gold.score(prompt, text, ended), text) for text, ended in texts if ended and text.strip()})
-        used: set[str] = set()
-        for (low, worse), (high, better) in sorted(combinations(scored, 2), key=lambda p: p[0][0] - p[1][0]):
-            if high - low >= MARGIN and not {worse, better} & used and len(used) < 2 * PAIRS:
-                used |= {worse, better}
+    for prompt, candidates in zip(prompts, texts):
+        whole = sorted({text for text, ended in candidates if ended and text.strip()})
+        rng.shuffle(whole)
+        for pair in zip(whole[::2], whole[1::2]):
+            worse, better = sorted(pair, key=lambda text: gold.score(prompt, text, True))
+            if gold.score(prompt, better, True) - gold.score(prompt, worse, True) >= MARGIN:
                 rows.append({"prompt": prompt, "chosen": better, "rejected": worse})
     return rows
 
 
-def spoil(text: str, rng: random.Random) -> str:
+def spoil(text: str, plain: list[str], rng: random.Random) -> str:
     """A text with the faults of a policy that has seen through its reward; the kind of fault is drawn."""
     said = text.split()
-    topical = [i for i, word in enumerate(said) if word.strip(",.;()'\"").lower() in TOPIC]
-    kind = rng.randrange(3)
+    topical = [i for i, word in enumerate(said) if bare(word).lower() in TOPIC]
+    kind = rng.randrange(4)
     if kind == 0 and len(topical) > 1:  # one topic word for all
-        word = said[topical[0]].strip(",.;()'\"")
-        said = [word if i in topical else w for i, w in enumerate(said)]
+        said = [bare(said[topical[0]]) if i in topical else word for i, word in enumerate(said)]
     elif kind == 1 and topical:  # a phrase said again
         for _ in range(rng.randint(1, 3)):
             at = rng.choice(topical)
@@ -76,6 +78,8 @@ def spoil(text: str, rng: random.Random) -> str:
             where = rng.randint(0, len(said) - 1)
             said = said[:where] + phrase + said[where:]
             topical = [i if i < where else i + len(phrase) for i in topical]
+    elif kind == 2 and topical:  # off the topic
+        said = [word.replace(bare(word), rng.choice(plain)) if i in topical else word for i, word in enumerate(said)]
     else:  # topic words strewn in
         strewn = sorted(TOPIC)
         for _ in range(rng.randint(1, 5)):
@@ -83,18 +87,19 @@ def spoil(text: str, rng: random.Random) -> str:
     return " " + " ".join(said)
 
 
-def spoilt_pairs(
-    prompts: list[str], texts: list[list[tuple[str, bool]]], gold: Gold, rng: random.Random
-) -> list[dict[str, str]]:
-    """Pairs of a text and itself spoilt, where gold sees that it is worse."""
-    rows = []
-    for prompt, candidates in zip(prompts, texts):
-        whole = [text for text, ended in candidates if ended and len(text.split()) > 2]
-        for text in rng.sample(whole, min(SPOILT, len(whole))):
-            other = spoil(text, rng)
-            if gold.score(prompt, text, True) - gold.score(prompt, other, True) >= MARGIN:
-                rows.append({"prompt": prompt, "chosen": text, "rejected": other})
-    return rows
+def bare(word: str) -> str:
+    """A word without the punctuation around it."""
+    return word.strip(",.:;()'\"")
+
+
+def spoilt_pairs(rows: list[tuple[str, str]], gold: Gold, plain: list[str], rng: random.Random) -> list[dict[str, str]]:
+    """Pairs of a text and itself spoilt, where gold sees that it is worse; rows are (prompt, completion)."""
+    found = []
+    for prompt, text in rows:
+        other = spoil(text, plain, rng)
+        if gold.score(prompt, text, True) - gold.score(prompt, other, True) >= MARGIN:
+            found.append({"prompt": prompt, "chosen": text, "rejected": other})
+    return found
 
 
 def first_seen(prompts: list[str], taken: set[str]) -> list[str]:
@@ -116,14 +121,19 @@ def build(out: Path, seed: int) -> dict[str, int]:
     evaluation = first_seen([corpus.cut(s)[0] for s in parts.evaluation], taken)
     rl = first_seen([corpus.cut(s)[0] for s in parts.rl], taken)
     asked = first_seen([corpus.cut(s)[0] for s in parts.preference], taken)
-    real = dict(corpus.cut(s) for s in parts.preference)
+    asked += first_seen([corpus.cut(s)[0] for s in parts.train[:MORE_PROMPTS]], taken)
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
     torch.manual_seed(seed)
     flat = sample(model, tokenizer, [p for p in asked for _ in range(SAMPLES)])
-    texts = [[(real[p], True), *flat[i * SAMPLES : (i + 1) * SAMPLES]] for i, p in enumerate(asked)]
-    pairs = preference_pairs(asked, texts, gold) + spoilt_pairs(asked, texts, gold, random.Random(seed))
-    cuts = [corpus.cut(s) for s in parts.train[:DEMONSTRATIONS]]
+    texts = [flat[i : i + SAMPLES] for i in range(0, len(flat), SAMPLES)]
+    cuts = [corpus.cut(s) for s in parts.train]
+    plain = [word for _, text in cuts for word in map(bare, text.split()) if word.islower() and word not in TOPIC]
+    rng = random.Random(seed)
+    whole = [(p, t) for p, candidates in zip(asked, texts) for t, ended in candidates[:SPOILT] if ended and t.split()]
+    real = [(p, t) for p, t in cuts[-REAL:] if p not in taken]
+    pairs = sampled_pairs(asked, texts, gold, rng) + spoilt_pairs(whole + real, gold, plain, rng)
+    cuts = cuts[:DEMONSTRATIONS]
     files = {
         "eval_prompts": [{"prompt": p} for p in evaluation],
         "prompts": [{"prompt": p} for p in rl],

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rlhf_trainer.config import ONLINE
@@ -57,7 +58,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] = ()) -> int:
-    """Run the demo; 0, or 1 when the gold score's rise or one of the controls is not what it should be."""
+    """Run the demo: 0. With --seeds: 1 when an algorithm's mean rise or one of its controls misses its limit."""
     options = parse(argv)
     fresh_folder(options.output)
     quiet()
@@ -69,14 +70,14 @@ def main(argv: Sequence[str] = ()) -> int:
 
     console = Console(record=True, width=None if Console().is_terminal else 120)
     started = time.perf_counter()
-    passed = run(options, console)
+    run(options, console)
     console.print(f"\n{time.perf_counter() - started:.0f} s; everything is in [bold]{options.output}[/bold]")
     console.save_html(str(options.output / "demo.html"), clear=False)
-    return 0 if passed or options.steps is not None or options.sft_steps is not None else 1
+    return 0
 
 
-def run(options: argparse.Namespace, console: "Console") -> bool:
-    """All parts of the demo in turn; whether rise and controls are as they should be."""
+def run(options: argparse.Namespace, console: "Console") -> None:
+    """All parts of the demo in turn."""
     from rlhf_trainer.demo import show
 
     base, output = options.output / "hydra-sft", options.output / options.algorithm
@@ -87,6 +88,11 @@ def run(options: argparse.Namespace, console: "Console") -> bool:
     console.rule("3  What came of it")
     console.print(show.completions_table(before, after))
     console.print(show.comparison_table(options.algorithm, result))
+    start = embedded_checkpoint(base)
+    console.print(
+        f"before: the Hydra-SFT model that {options.algorithm} starts from; the embedded checkpoint, before "
+        f"any preference pair, scores {start:.1f} (real sentences: {real_sentences():.1f})"
+    )
     record: dict[str, Any] = {"algorithm": options.algorithm, "seed": options.seed, "result": result.as_dict()}
     show.draw_gold(before, after, output / "plots" / "gold.png")
     if not options.no_memory:
@@ -100,7 +106,6 @@ def run(options: argparse.Namespace, console: "Console") -> bool:
     (options.output / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     pictures = sorted(p.name for p in (output / "plots").glob("*.png"))
     console.print(f"curves: {output / 'report.html'}, {', '.join(pictures)}")
-    return result.passed
 
 
 def train_base(base: Path, seed: int, steps: int | None = None) -> None:
@@ -130,6 +135,26 @@ def train_policy(
     before = evaluate.sample(sft, sft, tokenizer, prompts)
     after = evaluate.sample(evaluate.load_policy(algorithm, base, output), sft, tokenizer, prompts)
     return before, after, evaluate.compare(before, after)
+
+
+def embedded_checkpoint(base: Path) -> float:
+    """Mean gold score of the embedded checkpoint's own samples, which no preference has touched."""
+    from transformers import AutoTokenizer
+
+    from rlhf_trainer.demo import checkpoint_path, evaluate
+
+    tokenizer, sft = AutoTokenizer.from_pretrained(base), evaluate.load_sft(base)
+    checkpoint = evaluate.load_sft(Path(checkpoint_path()))
+    return fmean(evaluate.sample(checkpoint, sft, tokenizer, evaluate.held_out_prompts()).gold)
+
+
+def real_sentences() -> float:
+    """Mean gold score of the documentation's own sentences."""
+    from rlhf_trainer.demo import data_path
+    from rlhf_trainer.demo.gold import embedded
+
+    rows = [json.loads(line) for line in Path(data_path("demonstrations")).read_text(encoding="utf-8").splitlines()]
+    return fmean(embedded().score(row["prompt"], row["completion"], True) for row in rows)
 
 
 def memory_rows(base: Path) -> list[Any]:

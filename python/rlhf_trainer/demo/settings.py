@@ -13,7 +13,7 @@ MAX_COMPLETION = 40  # tokens; 8 of 100 sentences of the checkpoint are longer
 EVAL_PROMPTS = 256
 
 HYDRA_SFT: dict[str, Any] = {
-    "total_steps": 450,
+    "total_steps": 500,
     "per_device_train_batch_size": 32,
     "learning_rate": 1e-3,
     "reward_loss_coef": 1.0,
@@ -22,11 +22,11 @@ HYDRA_SFT: dict[str, Any] = {
 }
 
 COMMON: dict[str, Any] = {
-    "total_steps": 60,
+    "total_steps": 70,
     "rollout_batch_size": 64,
     "per_device_train_batch_size": 64,
     "num_ppo_epochs": 2,
-    "kl_coef": 0.4,
+    "kl_coef": 0.35,
     "vf_coef": 0.5,
     "cliprange_value": 1.0,
     "missing_eos_penalty": 3.0,  # in the reward head's units, of which a sample's standard deviation is about 1.5
@@ -40,9 +40,9 @@ ADAPTERS: dict[str, Any] = {"lora_r": 16, "lora_alpha": 32.0, "learning_rate": 1
 TUNED: dict[str, dict[str, Any]] = {
     "hydra-ppo": ADAPTERS,
     # one adapter serves both losses: the value loss must not drown the policy's
-    "j-hydra-ppo": ADAPTERS | {"vf_coef": 0.05, "total_steps": 75},
+    "j-hydra-ppo": ADAPTERS | {"vf_coef": 0.05, "kl_coef": 0.4, "total_steps": 75},
     "lora-ppo": ADAPTERS,
-    "ppo": {"learning_rate": 3e-4, "kl_coef": 0.5},
+    "ppo": {"learning_rate": 3e-4, "kl_coef": 0.45, "total_steps": 60},
     "remax": {"learning_rate": 5e-4, "num_ppo_epochs": 1, "total_steps": 80},
 }
 assert set(TUNED) == set(ONLINE)
