@@ -4,6 +4,9 @@
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
+// Rises with every change of a schema or of its meaning, here and in rlhf_kernels/ops/registry.py, which compares them.
+constexpr long kAbi = 1;
+
 STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
   // logprob: row passes of the head over a block of logits, and the whole op for logits that are already there
   m.def(
@@ -54,5 +57,10 @@ STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
   static struct PyModuleDef module = {
       PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
+  PyObject* made = PyModule_Create(&module);
+  if (made != nullptr && PyModule_AddIntConstant(made, "ABI", kAbi) != 0) {
+    Py_DECREF(made);
+    return nullptr;
+  }
+  return made;
 }

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_kernels.memory_size import parse_bytes
+from rlhf_kernels.memory_layouts import ALIASES, LAYOUTS, Layout, without_reward_copy
+from rlhf_kernels.memory_size import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -19,47 +20,6 @@ if TYPE_CHECKING:
 
 VOCABULARY_BLOCK = 8192  # columns of logits the fused head holds at once; a larger vocabulary is walked in blocks
 MOMENTS = {"adamw": 2, "sgd": 0}  # fp32 numbers an optimiser keeps for each trained parameter
-
-
-@dataclass(frozen=True)
-class Base:
-    """One copy of the model. `scalar`: read through a scalar head alone, so its output head has no gradient."""
-
-    role: str
-    trained: bool = False
-    scalar: bool = False
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which copies, adapters and scalar heads (name, trained) an algorithm holds.
-
-    `passes`: forward passes with gradients a sequence; `heads_lm` of them read the vocabulary. `rollout`: it generates.
-    """
-
-    bases: tuple[Base, ...]
-    adapters: tuple[str, ...] = ()
-    heads: tuple[tuple[str, bool], ...] = ()
-    passes: int = 1
-    heads_lm: int = 1
-    rollout: bool = True
-
-
-_SHARED = (Base("shared base"),)
-_FOUR = (("value", True), ("critic's start", False), ("reward", False))
-_COPIES = (Base("reference"), Base("reward", scalar=True))
-
-LAYOUTS = {
-    "sft": Layout((Base("policy", trained=True),), rollout=False),
-    "reward": Layout((Base("reward", trained=True, scalar=True),), (), (("reward", True),), 2, 0, rollout=False),
-    "hydra-sft": Layout((Base("policy", trained=True),), (), (("reward", True),), 2, 1, rollout=False),
-    "ppo": Layout((Base("actor", True), Base("critic", True, scalar=True), *_COPIES), (), _FOUR, 2),
-    "lora-ppo": Layout((Base("actor"), Base("critic", scalar=True), *_COPIES), ("actor", "critic"), _FOUR, 2),
-    "j-hydra-ppo": Layout(_SHARED, ("joint",), (("value", True), ("reward", False)), 1),
-    "hydra-ppo": Layout(_SHARED, ("actor", "critic"), (("value", True), ("reward", False)), 2),
-    "remax": Layout((Base("policy", trained=True), *_COPIES), (), (("reward", False),), 1),
-}
-ALIASES = {"hydra": "hydra-ppo", "j-hydra": "j-hydra-ppo"}
 
 
 @dataclass(frozen=True)
@@ -119,13 +79,15 @@ class Plan:
 
     def table(self) -> str:
         """Text: a line a part, with weights, gradients, optimiser state and their sum."""
-        lines = [(r.name, *(_size(v) for v in (r.weights, r.gradients, r.optimizer)), _estimate(r)) for r in self.rows]
+        lines = [
+            (r.name, *(format_bytes(v) for v in (r.weights, r.gradients, r.optimizer)), _estimate(r)) for r in self.rows
+        ]
         sums = [sum(getattr(r, k) for r in self.rows) for k in ("weights", "gradients", "optimizer")]
-        lines.append(("static", *map(_size, sums), _size(self.static)))
-        lines.append(("peak", "", "", "", "~" + _size(self.total)))
+        lines.append(("static", *map(format_bytes, sums), format_bytes(self.static)))
+        lines.append(("peak", "", "", "", "~" + format_bytes(self.total)))
         text = self.title + "\n" + columns(("", "weights", "gradients", "optimiser", "bytes"), lines, rules=(-2,))
         if self.budget is not None:
-            text += f"\nbudget {_size(self.budget)}: largest batch {self.largest_batch}"
+            text += f"\nbudget {format_bytes(self.budget)}: largest batch {self.largest_batch}"
         return text
 
 
@@ -167,7 +129,7 @@ def plan(
             raise ValueError(f"{key}: must be a whole number of at least 1, got {value!r}")
     kv_bytes, budget_bytes = (None if v is None else parse_bytes(v) for v in (kv_memory, budget))
     model = meta_model(config_or_path, dtype)
-    layout = LAYOUTS[name] if reward_model else _without_reward_copy(LAYOUTS[name])
+    layout = LAYOUTS[name] if reward_model else without_reward_copy(LAYOUTS[name])
     static = tuple(_static_rows(model, layout, lora_rank, target_modules, MOMENTS[optimizer]))
     shape = _Shape(model, layout, prompt, response, kv_bytes, gradient_checkpointing)
 
@@ -188,9 +150,9 @@ def comparison(config_or_path: Any, algorithms: Iterable[str] = tuple(LAYOUTS), 
     lines = []
     for name, one in plans.items():
         copies, adapters = len(LAYOUTS[name].bases), len(LAYOUTS[name].adapters)
-        line = [name, f"{copies} x {adapters}", _size(one.static), f"{one.static / one.parameters:.2f}"]
+        line = [name, f"{copies} x {adapters}", format_bytes(one.static), f"{one.static / one.parameters:.2f}"]
         line += [f"{one.static / unit:.2f}x"] if unit else []
-        line += ["~" + _size(one.total)]
+        line += ["~" + format_bytes(one.total)]
         line += [str(one.largest_batch)] if one.budget is not None else []
         lines.append(tuple(line))
     header = ["", "bases x adapters", "static", "bytes/param"]
@@ -219,14 +181,6 @@ def meta_model(config_or_path: Any, dtype: "str | torch.dtype") -> "nn.Module":
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"config_or_path: {config_or_path!r} is no causal language model: {reason}") from error
-
-
-def _without_reward_copy(layout: Layout) -> Layout:
-    """Without the frozen reward model. Its head goes too, unless it is the only one: that then reads the reference."""
-    bases = tuple(b for b in layout.bases if b.role != "reward" or b.trained)
-    gone = len(bases) < len(layout.bases) and len(layout.heads) > 1
-    heads = tuple(h for h in layout.heads if not (gone and h[0] == "reward"))
-    return Layout(bases, layout.adapters, heads, layout.passes, layout.heads_lm, layout.rollout)
 
 
 def _static_rows(
@@ -342,18 +296,8 @@ def columns(header: tuple[str, ...], lines: list[tuple[str, ...]], rules: tuple[
     return "\n".join(result)
 
 
-def _size(count: int) -> str:
-    """ "1.50 GiB"; nothing for 0."""
-    if count == 0:
-        return ""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:,.2f} {unit}"
-    return f"{count} B"
-
-
 def _estimate(row: PlanRow) -> str:
-    return ("" if row.exact else "~") + _size(row.bytes)
+    return ("" if row.exact else "~") + format_bytes(row.bytes)
 
 
 def _dtype_name(model: Any) -> str:

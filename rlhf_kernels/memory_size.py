@@ -29,3 +29,13 @@ def parse_bytes(value: int | str) -> int:
         raise ValueError(f"size is {value!r}; it must be a number with one of the units {', '.join(UNITS)}")
     number = float(match[1]) if "." in match[1] else int(match[1])
     return int(number * _BY_LOWER_CASE.get(unit, 1))
+
+
+def format_bytes(count: int) -> str:
+    """ "1.50 GiB"; nothing for 0."""
+    if count == 0:
+        return ""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:,.2f} {unit}"
+    return f"{count} B"

@@ -1,6 +1,7 @@
 """The wheel as a user gets it: built from the checkout, installed elsewhere, run from an empty directory."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -8,24 +9,27 @@ from pathlib import Path
 
 import pytest
 
+# one process builds the wheel, and every test of it runs there
+pytestmark = pytest.mark.xdist_group("wheel")
 ROOT = Path(__file__).resolve().parent.parent
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run(
-        [*pip, "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(out), str(ROOT)], check=True, cwd=out
-    )
+    source = out / "source"  # a copy: what lies in build/ must not end up in the wheel, nor two builds meet there
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.egg-info", "output"))
+    command = [*PIP, "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(out), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=out)
+    assert done.returncode == 0, done.stderr
     return next(out.glob("*.whl"))
 
 
 @pytest.fixture(scope="session")
 def installed(wheel, tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("site")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "-q", "--no-deps", "--target", str(target), str(wheel)], check=True)
+    subprocess.run([*PIP, "install", "-q", "--no-deps", "--target", str(target), str(wheel)], check=True)
     return target
 
 

@@ -74,6 +74,15 @@ def steps(output_dir: Path) -> list[int]:
     return sorted(int(m[1]) for entry in output_dir.iterdir() if (m := _NAME.fullmatch(entry.name)))
 
 
+def newest_state(output_dir: Path) -> dict[str, Any] | None:
+    """state.json of the newest checkpoint, nothing else read or set; None when there is no checkpoint."""
+    found = steps(output_dir)
+    if not found:
+        return None
+    state: dict[str, Any] = json.loads((output_dir / f"checkpoint-{found[-1]}" / "state.json").read_text())
+    return state
+
+
 def save(output_dir: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Writes `checkpoint-{step}` (once: a step is a state) and deletes all but the newest `keep`."""
     target = output_dir / f"checkpoint-{checkpoint.step}"

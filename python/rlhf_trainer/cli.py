@@ -208,6 +208,9 @@ def _quiet_libraries() -> None:
     """No loading bars and no advice from libraries between our lines."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
+
+    hub_logging.set_verbosity_error()
 
     logging.disable_progress_bar()

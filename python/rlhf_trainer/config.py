@@ -52,7 +52,8 @@ class TrainConfig:
     eval_prompts: str | None = option(None, "held-out prompts, same format")
     prompt_column: str = option("prompt", "name of the prompt's column")
     reward: list[str] = option(
-        [], "pkg.mod:function or a sequence classifier's path; several are added; default: the reward head"
+        [],
+        "pkg.mod:function or a sequence classifier's path; several add up; none: the reward head (demo: gold score)",
     )
     reward_weights: list[float] = option([], "one weight for each --reward; default: all 1")
     output_dir: str = option("output", "where metrics, checkpoints and the report go")

@@ -3,18 +3,22 @@
 Order matters: everything that can be wrong with the input is found before the output directory is touched.
 """
 
+import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from rlhf_trainer import checkpoint
 from rlhf_trainer.algorithms import Algorithm, find, with_defaults
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.data import load_demonstrations, load_preferences, load_prompts
-from rlhf_trainer.errors import UserError
+from rlhf_trainer.errors import UserError, one_line
 from rlhf_trainer.metrics import MetricsLog
 from rlhf_trainer.models import Policy, build, load_tokenizer
 from rlhf_trainer.offline import Offline
@@ -22,7 +26,8 @@ from rlhf_trainer.online import Online
 from rlhf_trainer.optim import Optimizer
 from rlhf_trainer.rewards import RewardError, build_rewards
 
-# What may change between a run and its resumption; any other difference would make the loss curves differ.
+# What may change between a run and its resumption; any other difference would make the loss curves differ (so does
+# another total_steps under a schedule that ends with the run, but a run is lengthened on purpose).
 FREE_ON_RESUME = {
     "device",
     "eval_prompts",
@@ -62,22 +67,25 @@ def train(config: TrainConfig) -> TrainResult:
     row = find(config.algorithm)
     output_dir = Path(config.output_dir)
     _check_output(output_dir, config)
+    _check_device(config.device)
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config)
     phase, policy = _phase(config, row, tokenizer)
     found = checkpoint.load(output_dir) if config.resume else None
     start = 0
     if found is not None:
-        _restore(found, config, phase, policy)
+        _restore(found, phase, policy)
         start = found.step
-    log = MetricsLog(output_dir, config, resume_step=start if config.resume else None)
+    with _writing(output_dir):
+        log = MetricsLog(output_dir, config, resume_step=start or None)
     history: list[dict[str, float]] = []
     try:
         for step in range(start, config.total_steps):
             history.append(_step(phase, policy, step, config, log))
     finally:
         log.close()
-    policy.export(output_dir, tokenizer)
+    with _writing(output_dir):
+        policy.export(output_dir, tokenizer)
     if config.report:
         from rlhf_trainer.report import write_report
 
@@ -95,16 +103,19 @@ def _step(phase: Online | Offline, policy: Policy, step: int, config: TrainConfi
         _save(output_dir, step, phase, policy)
         raise
     evaluating = last or (config.eval_steps > 0 and done % config.eval_steps == 0)
-    if step == 0 or evaluating:
-        log.samples(done, phase.samples)
+    metrics["memory/peak"] = float(_peak_bytes())
     if evaluating:
         try:
-            metrics |= phase.evaluate()
+            metrics |= phase.evaluate()  # its completions, of the same prompts each time, are then the samples
         except RewardError:
+            with _writing(output_dir):
+                log.log(done, metrics)  # the step itself is done: a resumed run does not repeat it
             _save(output_dir, done, phase, policy)
             raise
-    metrics["memory/peak"] = float(_peak_bytes())
-    log.log(done, metrics)
+    with _writing(output_dir):
+        if step == 0 or evaluating:
+            log.samples(done, phase.samples)
+        log.log(done, metrics)
     if last or (config.save_steps > 0 and done % config.save_steps == 0):
         _save(output_dir, done, phase, policy)
     return metrics
@@ -139,7 +150,25 @@ def _phase(config: TrainConfig, row: Algorithm, tokenizer: Any) -> tuple[Online 
     return phase, policy
 
 
+def _check_device(device: str) -> None:
+    if not device.startswith("cuda"):
+        return
+    index = int(device.partition(":")[2] or 0)
+    if index >= torch.cuda.device_count():
+        raise UserError(f"device: {device!r} is not there; PyTorch sees {torch.cuda.device_count()} CUDA devices")
+
+
 def _check_output(output_dir: Path, config: TrainConfig) -> None:
+    """UserError when the directory cannot be made, holds another run, or the run to go on with was set up otherwise."""
+    above = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"output_dir: {str(output_dir)!r} cannot be made: {str(above)!r} is no directory to write in")
+    saved = checkpoint.newest_state(output_dir) if config.resume else None
+    before = {} if saved is None else saved["config"]
+    for name, value in asdict(config).items():
+        if name not in FREE_ON_RESUME and name in before and before[name] != value:
+            was = before[name]
+            raise UserError(f"resume: {name} was {was!r} in the checkpoint and is {value!r} now; they must agree")
     if not config.resume and checkpoint.steps(output_dir):
         raise UserError(
             f"output_dir: {str(output_dir)!r} already holds checkpoints; resume=True goes on from them, "
@@ -150,17 +179,23 @@ def _check_output(output_dir: Path, config: TrainConfig) -> None:
 def _save(output_dir: Path, step: int, phase: Online | Offline, policy: Policy) -> None:
     state = {"updates": phase.optimizer.updates, "phase": phase.state(), "config": asdict(phase.config)}
     found = checkpoint.Checkpoint(step, dict(policy.trained), phase.optimizer.state_tensors(), state)
-    checkpoint.save(output_dir, found, phase.config.save_total_limit)
+    with _writing(output_dir):
+        checkpoint.save(output_dir, found, phase.config.save_total_limit)
 
 
-def _restore(found: checkpoint.Checkpoint, config: TrainConfig, phase: Online | Offline, policy: Policy) -> None:
-    """Puts the checkpoint's state back; UserError when the run it belongs to was another one."""
-    saved = found.state["config"]
-    for name, value in asdict(config).items():
-        if name not in FREE_ON_RESUME and name in saved and saved[name] != value:
-            raise UserError(
-                f"resume: {name} was {saved[name]!r} in the checkpoint and is {value!r} now; they must agree"
-            )
+@contextmanager
+def _writing(output_dir: Path) -> Iterator[None]:
+    """A disk that is full or refuses is for the user to mend: one line. The checkpoints before stay whole."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"output_dir: writing to {str(output_dir)!r} failed: {one_line(error)}; the checkpoints before are whole"
+        ) from error
+
+
+def _restore(found: checkpoint.Checkpoint, phase: Online | Offline, policy: Policy) -> None:
+    """Puts the checkpoint's state back."""
     with torch.no_grad():
         for name, parameter in policy.trained.items():
             parameter.copy_(found.model[name])

@@ -5,19 +5,15 @@ template. Prompt and completion are tokenised apart, because the policy too cont
 A prompt longer than `max_prompt_length` is cut on the left, dropped or refused (`prompt_truncation`), with a warning.
 """
 
-import json
 import random
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig
-from .errors import UserError, one_line, shorten
-
-Row = dict[str, Any]
+from .errors import UserError
+from .rows import Rows
 
 
 @dataclass
@@ -77,7 +73,7 @@ def load_prompts(config: TrainConfig, tokenizer: Any, which: str = "prompts") ->
     source = _source(config, which, which)
     if source is None:
         return []
-    rows = _Rows(source, config)
+    rows = Rows(source, config)
     prompts: list[Prompt] = []
     length = _LengthRule(config, source)
     for place, row in rows:
@@ -95,14 +91,16 @@ def load_preferences(config: TrainConfig, tokenizer: Any) -> list[Preference]:
     """Rows with `prompt`, `chosen`, `rejected` (texts, or lists of messages). Pairs equal once cut are dropped."""
     source = _source(config, "prompts", "preferences")
     assert source is not None
-    rows = _Rows(source, config)
+    rows = Rows(source, config)
     pairs: list[Preference] = []
     length = _LengthRule(config, source)
     equal = 0
     for place, row in rows:
         text = rows.prompt_text(place, row, tokenizer)
+        if not text.strip():
+            raise UserError(f"{place}: the prompt is empty")
         answers = [rows.answer_text(place, row, column, text, tokenizer) for column in ("chosen", "rejected")]
-        tokens = _encode_prompt(tokenizer, text, rows.is_chat(row)) if text else []
+        tokens = _encode_prompt(tokenizer, text, rows.is_chat(row))
         if (prompt := length(place, tokens)) is None:
             continue
         chosen, rejected = (_encode_answer(tokenizer, a, config.max_completion_length) for a in answers)
@@ -124,7 +122,7 @@ def load_demonstrations(config: TrainConfig, tokenizer: Any) -> list[Demonstrati
     """Rows with `prompt` and `completion`, with `text` alone (then the prompt is empty), or with `messages`."""
     source = _source(config, "prompts", "demonstrations")
     assert source is not None
-    rows = _Rows(source, config)
+    rows = Rows(source, config)
     result: list[Demonstration] = []
     length = _LengthRule(config, source)
     for place, row in rows:
@@ -151,78 +149,6 @@ def _source(config: TrainConfig, which: str, demo_set: str) -> str | None:
     return None
 
 
-class _Rows:
-    """The rows of one source with the place each came from ("file.jsonl, line 7"), and how their columns are read."""
-
-    def __init__(self, source: str, config: TrainConfig) -> None:
-        self.source, self.column = source, config.prompt_column
-        reader = _read_jsonl if Path(source).is_file() else _read_dataset
-        self.rows = list(reader(source))
-        if not self.rows:
-            raise UserError(f"{source}: no rows")
-        names: dict[str, None] = {}
-        for _, row in self.rows:
-            names.update(dict.fromkeys(row))
-        self.columns = list(names)
-
-    def __iter__(self) -> Iterator[tuple[str, Row]]:
-        for place, row in self.rows:
-            yield place, {name: row.get(name) for name in self.columns}
-
-    def is_chat(self, row: Row) -> bool:
-        """Whether the prompt is a list of messages; its template then writes the special tokens."""
-        value = row.get(self.column)
-        return isinstance(value, list) or (value is None and isinstance(row.get("messages"), list))
-
-    def prompt_text(self, place: str, row: Row, tokenizer: Any) -> str:
-        value = row.get(self.column)
-        if value is None:
-            value = row.get("messages")
-            if value is None:
-                raise self.missing(place, self.column)
-        if isinstance(value, list):
-            messages = _messages(place, value)
-            while messages and messages[-1]["role"] == "assistant":
-                messages.pop()
-            return _render(place, messages, tokenizer, reply=True)
-        return _text(place, self.column, value)
-
-    def answer_text(self, place: str, row: Row, column: str, prompt: str, tokenizer: Any) -> str:
-        value = row.get(column)
-        if value is None:
-            raise self.missing(place, column)
-        if not isinstance(value, list):
-            text = _text(place, column, value)
-        else:
-            asked = row.get(self.column)
-            before = [] if asked is None else asked
-            if not isinstance(before, list):
-                raise UserError(f"{place}: {column!r} is a list of messages, so {self.column!r} must be one too")
-            text = _after(place, _render(place, _messages(place, before + value), tokenizer, reply=False), prompt)
-        if not text.strip():
-            raise UserError(f"{place}: {column!r} is empty")
-        return text
-
-    def demonstration(self, place: str, row: Row, tokenizer: Any) -> tuple[str, str]:
-        if row.get("completion") is not None:
-            prompt = self.prompt_text(place, row, tokenizer)
-            return prompt, self.answer_text(place, row, "completion", prompt, tokenizer)
-        if row.get("messages") is not None:
-            messages = _messages(place, row["messages"])
-            if not messages or messages[-1]["role"] != "assistant":
-                raise UserError(f"{place}: 'messages' must end with the assistant's answer to learn from it")
-            prompt = _render(place, messages[:-1], tokenizer, reply=True) if messages[:-1] else ""
-            return prompt, _after(place, _render(place, messages, tokenizer, reply=False), prompt)
-        if row.get("text") is not None:
-            return "", _text(place, "text", row["text"])
-        raise self.missing(place, "completion", "('prompt' with 'completion', 'text', or 'messages')")
-
-    def missing(self, place: str, column: str, extra: str = "") -> UserError:
-        present = ", ".join(self.columns) or "none"
-        hint = f" {extra}" if extra else ""
-        return UserError(f"{place}: no column {column!r}{hint}; columns present: {present}")
-
-
 class _LengthRule:
     """Prompts longer than `max_prompt_length`: cut on the left, dropped (None) or refused, and counted."""
 
@@ -247,78 +173,6 @@ class _LengthRule:
             warnings.warn(f"{self.source}: {self.count} prompts over {self.limit} tokens were {done}", stacklevel=3)
         if not kept:
             raise UserError(f"{self.source}: no rows left (max_prompt_length={self.limit})")
-
-
-def _read_jsonl(path: str) -> Iterator[tuple[str, Row]]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                place = f"{path}, line {number}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{place}: not JSON: {error.msg} at column {error.colno}") from error
-                if not isinstance(row, dict):
-                    raise UserError(f"{place}: expected an object with columns, found {type(row).__name__}")
-                yield place, row
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({one_line(error)})") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _read_dataset(name: str) -> Iterator[tuple[str, Row]]:
-    """A directory that `datasets` saved, or NAME[:SPLIT] of a dataset, split "train" unless said."""
-    dataset, _, split = name.partition(":")
-    if name.endswith((".jsonl", ".json")) or (name.startswith((".", "/", "~")) and not Path(dataset).is_dir()):
-        raise UserError(f"prompts: {name!r} does not exist")
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"prompts: {name!r} is no file, and `datasets` is not installed to look for it") from error
-    try:
-        if Path(dataset).is_dir() and (Path(dataset) / "dataset_info.json").exists():
-            table = datasets.load_from_disk(dataset)
-        else:
-            table = datasets.load_dataset(dataset, split=split or "train")
-    except Exception as error:
-        why = shorten(f"{type(error).__name__}: {error}", 200)
-        raise UserError(f"prompts: {name!r} is neither a file nor a dataset that loads: {why}") from error
-    for number, row in enumerate(table):
-        yield f"{name}, row {number}", dict(row)
-
-
-def _text(place: str, column: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{place}: {column!r} must be text or a list of messages, found {type(value).__name__}")
-    return value
-
-
-def _messages(place: str, value: Any) -> list[dict[str, Any]]:
-    good = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
-    if not good:
-        raise UserError(f"{place}: messages must be a list of objects with 'role' and 'content'")
-    return list(value)
-
-
-def _render(place: str, messages: list[dict[str, Any]], tokenizer: Any, reply: bool) -> str:
-    if not messages:
-        raise UserError(f"{place}: the prompt is empty")
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(f"{place}: holds chat messages, but the model's tokenizer has no chat template")
-    try:
-        rendered: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
-    except Exception as error:
-        raise UserError(f"{place}: the chat template refuses these messages: {one_line(error)}") from error
-    return rendered
-
-
-def _after(place: str, whole: str, prompt: str) -> str:
-    if not whole.startswith(prompt):
-        raise UserError(f"{place}: the chat template writes the prompt differently once an answer follows it")
-    return whole[len(prompt) :].rstrip("\n")
 
 
 def _encode_prompt(tokenizer: Any, text: str, chat: bool) -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -17,6 +17,7 @@ from rlhf_trainer import checkpoint
 from rlhf_trainer.algorithms import Algorithm, Layout
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.errors import UserError, one_line
+from rlhf_trainer.hub import unreachable
 
 HEADS_FILE = "heads.safetensors"
 
@@ -71,6 +72,7 @@ def load_tokenizer(config: TrainConfig) -> Any:
     """The model's tokenizer; UserError when there is none."""
     from transformers import AutoTokenizer
 
+    _check_source("model", config.model)
     return _loading("model", config.model, lambda: AutoTokenizer.from_pretrained(resolve(config.model)))
 
 
@@ -78,6 +80,8 @@ def build(config: TrainConfig, row: Algorithm) -> Policy:
     """Loads the bases, attaches adapters, starts the critic's head from the reward head, and groups what is trained."""
     layout = row.layout(config)
     sources = {"model": config.model, "reward_model": config.reward_model or config.model}
+    if config.reward_model:
+        _check_source("reward_model", config.reward_model)
     _check_reward_head(config, layout, sources)
     _check_rank(config, layout)
     targets: Any = config.lora_target_modules
@@ -159,13 +163,33 @@ def _has_reward_head(path: str) -> bool:
         return "reward.weight" in heads.keys()  # noqa: SIM118
 
 
+def _check_source(name: str, value: str) -> None:
+    """What transformers would say at length, or only after a minute of asking an unreachable hub."""
+    folder = Path(resolve(value))
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            adapter = (folder / "adapter_config.json").is_file()
+            what = "a PEFT adapter, not a whole model" if adapter else "no config.json, so no model"
+            raise UserError(f"{name}: {value!r} holds {what} in transformers' format")
+        return
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(value, "config.json")
+    except HFValidationError as error:
+        raise UserError(f"{name}: {value!r} is neither a directory nor a hub id") from error
+    if not isinstance(cached, str) and (host := unreachable()):
+        raise UserError(f"{name}: {value!r} does not exist here, and {host} cannot be reached to ask for it")
+
+
 def _loading(name: str, value: str, load: Callable[[], Any]) -> Any:
     """Runs a loader; its errors about missing or unreadable files become one line that names the argument."""
     try:
         return load()
     except UserError:
         raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{name}: {value!r} cannot be loaded: {one_line(error)[:200]}") from error
     except ValueError as error:
         raise UserError(f"{name}: {value!r}: {one_line(error)[:300]}") from error

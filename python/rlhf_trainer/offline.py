@@ -8,6 +8,7 @@ from rlhf_kernels.nn import HydraModel
 from rlhf_trainer.algorithms import Algorithm, Counts
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.data import BatchOrder, Demonstration
+from rlhf_trainer.errors import UserError
 from rlhf_trainer.optim import Optimizer
 
 
@@ -25,6 +26,24 @@ class Offline:
     def __post_init__(self) -> None:
         batch = self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
         self.order = BatchOrder(len(self.rows), batch, self.config.seed)
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        """Finds tokens and lengths that the model has no embedding for before the run writes anything."""
+        base = self.model.base_model(self.row.trained[0])
+        vocabulary = len(base.get_input_embeddings().weight)  # type: ignore[arg-type]
+        positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+        for row in self.rows:
+            for sequence in _sequences(row):
+                if max(sequence) >= vocabulary:
+                    raise UserError(
+                        f"model: its tokenizer made token {max(sequence)}; its vocabulary is 0 to {vocabulary - 1}"
+                    )
+                if positions is not None and len(sequence) > positions:
+                    raise UserError(
+                        f"prompts: a row has {len(sequence)} tokens, above the model's max_position_embeddings of "
+                        f"{positions}; a smaller max_prompt_length or max_completion_length cuts it"
+                    )
 
     def step(self, step: int) -> dict[str, float]:
         """Step number `step` (from 0); returns its metrics."""
@@ -52,6 +71,12 @@ class Offline:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
+
+
+def _sequences(row: Any) -> list[list[int]]:
+    """Prompt and completion in one list, for each completion of a row."""
+    ends = [row.completion] if isinstance(row, Demonstration) else [row.chosen, row.rejected]
+    return [row.prompt + end for end in ends]
 
 
 def _completion_tokens(row: Any) -> int:

@@ -154,17 +154,24 @@ class Arena:
             keys[index, :, offset] = k
             values[index, :, offset] = v
 
-    def copy_slice(self, src: int, dst: int, tokens: int | None = None) -> None:
-        """Copies the first `tokens` tokens (default: all) of slice `src` to slice `dst`, in every layer."""
+    def copy_slices(self, copies: Sequence[tuple[int, int]], tokens: int | None = None) -> None:
+        """For every (source, target): copies the first `tokens` tokens (default: all), in every layer.
+
+        All are read before any is written. Raises IndexError for a slice that is not there.
+        """
         count = self.slice_tokens if tokens is None else tokens
-        for name, index in (("src", src), ("dst", dst)):
-            if not 0 <= index < self.num_slices:
-                raise IndexError(f"{name} is {index}; the arena has slices 0 to {self.num_slices - 1}")
+        for pair in copies:
+            for name, index in zip(("source", "target"), pair):
+                if not 0 <= index < self.num_slices:
+                    raise IndexError(f"{name} is {index}; the arena has slices 0 to {self.num_slices - 1}")
         if not 0 <= count <= self.slice_tokens:
             raise ValueError(f"tokens is {count}; it must lie between 0 and slice_tokens, {self.slice_tokens}")
+        if not copies:
+            return
+        source, target = torch.tensor(copies, device=self.device).unbind(1)
         with torch.no_grad():
             for view in (*self.keys, *self.values):
-                view[dst, :, :count] = view[src, :, :count]
+                view[target, :, :count] = view[source, :, :count]
 
     def _check_slots(self, slots: Tensor) -> None:
         if slots.device.type != "cpu" or slots.numel() == 0:

@@ -144,8 +144,7 @@ class SlicedGenerator:
         )
         input_ids, position_ids = as_tensor(step.input_ids, device), as_tensor(step.position_ids, device)
         rows, sequences = as_tensor(step.logit_rows, device), step.draw_sequences
-        if step.copies:
-            _copy_slices(arena, step.copies)
+        arena.copy_slices(step.copies)
         parameters = schedule.draw_parameters(sequences, device)
         parameters["position"] = as_tensor(step.draw_positions, device)
         device_start = time.perf_counter()
@@ -206,10 +205,3 @@ def _draw(logits: torch.Tensor, draw_rows: np.ndarray, parameters: dict[str, Any
             drawn.append(sample(logits[rows[i : i + piece]], **chosen))
     tokens, logprobs = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*drawn))
     return tokens.cpu().numpy(), logprobs.cpu().numpy()
-
-
-def _copy_slices(arena: Arena, copies: list[tuple[int, int]]) -> None:
-    """Copies whole slices, every layer; all are read before any is written."""
-    source, target = torch.tensor(copies, device=arena.device).unbind(1)
-    for view in (*arena.keys, *arena.values):
-        view[target] = view[source]

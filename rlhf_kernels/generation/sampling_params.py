@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LARGEST_INT64 = 2**63 - 1
+LARGEST_TOKEN = 2**31 - 1  # the engine's tokens are int32
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class SamplingParams:
             raise TypeError(f"stop_token_ids is {self.stop_token_ids!r}; it must be a sequence of ints") from None
         for token in stop:
             _check_int("stop_token_ids", token, 0)
+            if token > LARGEST_TOKEN:
+                raise ValueError(f"stop_token_ids is {self.stop_token_ids!r}; a token id is at most {LARGEST_TOKEN}")
         object.__setattr__(self, "stop_token_ids", stop)
 
     @property

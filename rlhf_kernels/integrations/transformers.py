@@ -46,7 +46,9 @@ class SlicedRows:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         self.arena.write(layer, self.slots, k, v)
-        return sliced_attention(q, self.arena, layer, self.slice_table, self.context_lens, self.cu_q, **options)
+        places = self.slice_table, self.context_lens, self.cu_q
+        # autocast may bring q in another dtype than the model's own, which the arena has
+        return sliced_attention(q.to(self.arena.dtype), self.arena, layer, *places, **options).to(q.dtype)
 
 
 def packed_attention(

@@ -1,21 +1,16 @@
 """From a path, a hub id or a module to a frozen decoder that runs on packed rows."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from rlhf_kernels.integrations.transformers import check_decoder, use_packed_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-HEADS_FILE = "heads.safetensors"
 
 
 def local_directory(source: "str | os.PathLike[str]") -> Path | None:
@@ -75,24 +70,3 @@ def saved_base(path: "str | os.PathLike[str]") -> "str | os.PathLike[str]":
     if directory is not None and not (directory / "config.json").is_file() and (directory / "base").is_dir():
         return directory / "base"
     return path
-
-
-def save_heads(heads: Mapping[str, nn.Linear], directory: Path) -> None:
-    tensors = {f"{key}.weight": head.weight.detach().cpu().contiguous() for key, head in heads.items()}
-    save_file(tensors, directory / HEADS_FILE, metadata={"format": "pt"})
-
-
-@torch.no_grad()
-def load_heads(heads: Mapping[str, nn.Linear], file: Path) -> None:
-    """Fills the heads that `file` has; the others stay. ValueError where a shape does not fit."""
-    try:
-        tensors: dict[str, Tensor] = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
-    for key, head in heads.items():
-        stored = tensors.get(f"{key}.weight")
-        if stored is None:
-            continue
-        if stored.shape != head.weight.shape:
-            raise ValueError(f"{file}: head {key!r} is {list(stored.shape)}; it must be {list(head.weight.shape)}")
-        head.weight.copy_(stored)

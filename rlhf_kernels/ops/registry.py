@@ -6,12 +6,15 @@
 
 import os
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 
 Backend = Literal["naive", "native", "triton"]
 PREFERENCE: tuple[Backend, ...] = ("native", "triton", "naive")
+
+ABI = 1  # of the compiled ops; rises with every change of a schema or of its meaning, here and in csrc/schema.cpp
 
 _served: dict[tuple[str, str], set[tuple[str, torch.dtype]]] = {}
 
@@ -34,10 +37,40 @@ def choose(op: str, tensor: torch.Tensor) -> Backend:
     return "naive"
 
 
+def checks_values(tensor: torch.Tensor) -> bool:
+    """Whether values are checked, which makes the host read them: on the CPU, elsewhere with RLHF_KERNELS_CHECK=1.
+
+    Never while torch.compile traces: there are no values then.
+    """
+    here = tensor.device.type == "cpu" or os.environ.get("RLHF_KERNELS_CHECK") == "1"
+    return here and not torch.compiler.is_compiling()
+
+
+def no_autocast(tensor: torch.Tensor) -> AbstractContextManager:
+    """A context for an op's body: it chooses its dtypes itself, and autocast's casts of its GEMMs would break it."""
+    return torch.autocast(tensor.device.type, enabled=False) if under_autocast(tensor) else nullcontext()
+
+
+def under_autocast(tensor: torch.Tensor) -> bool:
+    """Whether autocast is on for `tensor`'s device."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def native_available() -> bool:
-    """True when the compiled ops are importable (they then stand under torch.ops.rlhf_kernels)."""
+    """True when the compiled ops are there; this loads them, and they then stand under torch.ops.rlhf_kernels.
+
+    ImportError where they were compiled from other sources than this Python code: schemas that differ would go wrong
+    at some call, or in silence.
+    """
     try:
-        import rlhf_kernels._C  # noqa: F401
+        from rlhf_kernels import _C
     except ImportError:
         return False
+    built = getattr(_C, "ABI", None)
+    if built != ABI:
+        raise ImportError(
+            f"rlhf_kernels._C is stale: it has ABI {built}, this Python code needs {ABI}; "
+            "rebuild it with `pip install --no-build-isolation --no-deps -e .`"
+        )
     return True

@@ -84,11 +84,11 @@ def test_buffer_made_under_inference_mode_is_writable_with_grad_enabled(backend,
 
 
 @pytest.mark.parametrize("tokens", [None, 0, 3])
-def test_copy_slice_copies_the_first_tokens_of_every_layer(tokens):
+def test_copy_slices_copies_the_first_tokens_of_every_layer(tokens):
     arena = filled()
     for view in (*arena.keys, *arena.values):
         view[5] = torch.randn(view[5].shape)
-    arena.copy_slice(5, 2, tokens)
+    arena.copy_slices([(5, 2)], tokens)
     count = 4 if tokens is None else tokens
     for view in (*arena.keys, *arena.values):
         assert torch.equal(view[2, :, :count], view[5, :, :count])
@@ -134,9 +134,9 @@ def test_config_sizes_by_its_kv_heads_and_head_dims():
         (lambda a: Arena(LAYERS, "1MiB", 0), ValueError, "slice_tokens is 0"),
         (lambda a: Arena([], "1MiB", 4), ValueError, "layers"),
         (lambda a: Arena(LAYERS, "1MiB", 4, torch.int8), TypeError, "dtype"),
-        (lambda a: a.copy_slice(0, a.num_slices), IndexError, "dst"),
-        (lambda a: a.copy_slice(-1, 0), IndexError, "src"),
-        (lambda a: a.copy_slice(0, 1, 5), ValueError, "tokens is 5"),
+        (lambda a: a.copy_slices([(0, a.num_slices)]), IndexError, "target"),
+        (lambda a: a.copy_slices([(-1, 0)]), IndexError, "source"),
+        (lambda a: a.copy_slices([(0, 1)], 5), ValueError, "tokens is 5"),
         (lambda a: a.write(0, torch.tensor([-1]), torch.ones(1, 2, 8), torch.ones(1, 2, 8)), IndexError, "slots"),
         (lambda a: a.write(0, torch.tensor([1 << 40]), torch.ones(1, 2, 8), torch.ones(1, 2, 8)), IndexError, "slots"),
         (lambda a: a.write(0, torch.tensor([0]), torch.ones(1, 2, 7), torch.ones(1, 2, 8)), ValueError, "k has shape"),

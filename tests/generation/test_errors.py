@@ -71,6 +71,7 @@ def test_bad_params_and_streams(gen, params, streams, error, words):
         ("ignore_eos", "no", TypeError),
         ("stop_token_ids", 5, TypeError),
         ("stop_token_ids", (-1,), ValueError),
+        ("stop_token_ids", (2**40,), ValueError),
         ("stop_token_ids", (1.0,), TypeError),
         ("seed", 2**63, ValueError),
         ("seed", 0.5, TypeError),

@@ -7,6 +7,7 @@ import torch
 from architectures import CONFIGS, EXTRA, build
 from torch import nn
 
+from rlhf_kernels.generation import SamplingParams, SlicedGenerator
 from rlhf_kernels.integrations.transformers import PackedRows
 from rlhf_kernels.nn import HydraModel, LoraSpec, Role
 from rlhf_kernels.nn.lora import lora_layers
@@ -325,6 +326,11 @@ def test_dropout_stays_off_in_training_mode():
 
 
 BAD = {
+    "a token outside the vocabulary": ({"tokens": torch.full((32,), 131)}, IndexError, "tokens holds 131"),
+    "tokens of truth": ({"tokens": torch.ones(32, dtype=torch.bool)}, TypeError, "tokens must be"),
+    "fractional lengths": ({"lengths": torch.tensor([32.0])}, TypeError, "lengths must be ints"),
+    "too few temperatures": ({"temperature": torch.ones(3)}, ValueError, "temperature has shape"),
+    "a gradient nobody asked for": ({"grad_fields": ("kl",)}, ValueError, "grad_fields is"),
     "unknown role": ({"roles": ("nobody",)}, ValueError, "role 'nobody'"),
     "a role as a string": ({"roles": "actor"}, TypeError, "roles is 'actor'"),
     "lengths that do not add up": ({"lengths": [9, 5]}, ValueError, "lengths sum to 14"),
@@ -340,6 +346,24 @@ def test_a_bad_argument_is_named(change, error, message):
     good = {"tokens": tokens(), "lengths": LENGTHS}
     with pytest.raises(error, match=message):
         hydra()(**(good | change))
+
+
+def test_one_model_under_two_names_is_an_error():
+    base = build("llama")
+    with pytest.raises(ValueError, match="bases holds one model under two names"):
+        HydraModel({"base": base, "critic": base})
+
+
+def test_autocast_runs_in_training_scoring_and_generation():
+    model = hydra()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(tokens(), LENGTHS, roles=("actor", "critic", "reference"), divergence=("kl",))
+        (rollout,) = SlicedGenerator(model, "1MiB").generate([[1, 2, 3]], SamplingParams(max_new_tokens=4))
+    exact = model.score(tokens(), LENGTHS, roles=("actor",))
+    assert out["actor"].logprob.dtype == out["critic"].value.dtype == torch.float32
+    torch.testing.assert_close(out["actor"].logprob, exact["actor"].logprob, rtol=0.1, atol=0.3)
+    (out["actor"].logprob.sum() + out["critic"].value.sum()).backward()
+    assert len(rollout.tokens) == 4
 
 
 WRONG = {

@@ -274,7 +274,17 @@ BAD_VARLEN = {
     "cu-falls": ({"cu_seqlens": table([0, 4, 2, 6])[0]}, ValueError, "cu_seqlens is"),
     "window": ({"window": 0}, ValueError, "window is 0"),
     "softcap": ({"softcap": -1.0}, ValueError, "softcap is -1.0"),
+    "window-float": ({"window": 2.5}, TypeError, "window is 2.5"),
+    "scale-text": ({"scale": "1"}, TypeError, "scale is '1'"),
 }
+
+
+def test_a_second_derivative_is_an_error_and_not_zero(backend):
+    q = torch.randn(6, 4, 8, requires_grad=True)
+    out = varlen_attention(q, K, V + 1, borders([4, 2]))
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiable once|no autograd formula"):
+        torch.autograd.grad(grad.square().sum(), q)
 
 
 @pytest.mark.parametrize(("change", "error", "words"), BAD_VARLEN.values(), ids=BAD_VARLEN.keys())

@@ -10,7 +10,7 @@ import tempfile
 import pytest
 import torch
 
-from rlhf_kernels.ops.logprob import linear_logprob, naive, native, op, sweep
+from rlhf_kernels.ops.logprob import head, linear_logprob, naive, native, op
 
 ALL_DIVERGENCES = ("kl", "rkl", "js", "k1", "k2", "k3")
 DISTRIBUTION_FIELDS = ("logprob", "lse", "entropy", "kl", "rkl", "js")
@@ -318,7 +318,7 @@ def test_number_of_gemms(monkeypatch, grads, save, grad_mode, products):
     """One product for the logits, one a gradient of hidden; none of them for what nobody differentiates."""
     hidden, weight = torch.randn(8, 16, requires_grad=True), torch.randn(40, 16)
     count = 0
-    mm, add = sweep.mm_fp32, sweep.Pullback.add
+    mm, add = head.mm_fp32, head.Pullback.add
 
     def counted(original):
         def call(*args):
@@ -328,8 +328,8 @@ def test_number_of_gemms(monkeypatch, grads, save, grad_mode, products):
 
         return call
 
-    monkeypatch.setattr(sweep, "mm_fp32", counted(mm))
-    monkeypatch.setattr(sweep.Pullback, "add", counted(add))
+    monkeypatch.setattr(head, "mm_fp32", counted(mm))
+    monkeypatch.setattr(head.Pullback, "add", counted(add))
     with torch.set_grad_enabled(grad_mode):
         out = linear_logprob(hidden, weight, torch.arange(8), entropy=True, grad_fields=grads, save=save)
     if grad_mode and grads:
@@ -452,10 +452,64 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("options", "error", "message"), BAD.values(), ids=BAD.keys())
+BAD_ANYWHERE = {
+    "hidden is a list": ({"hidden": [1.0]}, TypeError, "hidden is a list"),
+    "weight is None": ({"weight": None}, TypeError, "weight is a NoneType"),
+    "temperature of text": ({"temperature": "1"}, TypeError, "temperature is '1'"),
+    "softcap of text": ({"softcap": "1"}, TypeError, "softcap is '1'"),
+    "logit_scale nan": ({"logit_scale": math.nan}, ValueError, "logit_scale is nan"),
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"), (BAD | BAD_ANYWHERE).values(), ids=(BAD | BAD_ANYWHERE).keys()
+)
 def test_bad_input_is_named(options, error, message):
     with pytest.raises(error, match=message):
         linear_logprob(**{**GOOD, **options})
+
+
+VALUES = {name: case for name, case in BAD.items() if name != "weight dtype"}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), VALUES.values(), ids=VALUES.keys())
+def test_bad_input_is_named_in_float64_too(options, error, message):
+    def wide(x):
+        if isinstance(x, tuple):
+            return tuple(wide(y) for y in x)
+        floating = isinstance(x, torch.Tensor) and x.dtype == torch.float32
+        return x.detach().double().requires_grad_(x.requires_grad) if floating else x
+
+    with pytest.raises(error, match=message):
+        linear_logprob(**{k: wide(v) for k, v in {**GOOD, **options}.items()})
+
+
+def test_the_reference_is_a_constant_even_where_every_field_carries_gradient():
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(10, 8, requires_grad=True)
+    target = torch.arange(4)
+    out = linear_logprob(hidden, weight, target, ref_hidden=hidden, divergence=("kl",), grad_fields=None)
+    assert out.kl.requires_grad
+    assert not out.ref_logprob.requires_grad
+
+
+def test_autocast_changes_nothing():
+    hidden, weight = torch.randn(6, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    lora = (torch.randn(3, 16), torch.randn(50, 3), None, 0.5)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = linear_logprob(hidden, weight, torch.arange(6), lora=lora, entropy=True, grad_fields=None)
+            found.append((out.logprob, *torch.autograd.grad((out.logprob + out.entropy).sum(), (hidden, weight))))
+    assert all(torch.equal(plain, cast) for plain, cast in zip(*found))
+
+
+@pytest.mark.parametrize("save", ["grad_vector", "recompute"])
+def test_a_second_derivative_is_an_error_and_not_a_wrong_number(save):
+    hidden = torch.randn(4, 8, requires_grad=True)
+    out = linear_logprob(hidden, torch.randn(10, 8), torch.arange(4), save=save)
+    (grad,) = torch.autograd.grad(out.logprob.sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        torch.autograd.grad(grad.sum(), hidden)
 
 
 def shard_worker(rank: int, store: str, results) -> None:

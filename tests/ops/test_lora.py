@@ -88,7 +88,7 @@ def test_masks_on_a_device_the_host_may_not_read_give_the_same(monkeypatch):
     leaves = tensors(rows=len(index))
     y, grads = run(leaves, index, [0.5, 2.0, 1.0])
     monkeypatch.setattr("rlhf_kernels.ops.lora.native.by_segments", lambda x, runs: runs is not None)
-    monkeypatch.setattr("rlhf_kernels.ops.lora.native.check_values", lambda t: False)
+    monkeypatch.setattr("rlhf_kernels.ops.lora.native.checks_values", lambda t: False)
     y2, grads2 = run(leaves, index, [0.5, 2.0, 1.0])
     torch.testing.assert_close(y2, y)
     for got, want in zip(grads2, grads):
@@ -229,6 +229,26 @@ def test_the_naive_backend_can_be_asked_for(monkeypatch):
     torch.testing.assert_close(got, want)
     routed = run(leaves, None, routing=build_routing(index, 3))
     torch.testing.assert_close(routed, want)
+
+
+@pytest.mark.parametrize("backend", ["", "naive"])
+def test_a_routing_of_no_rows_has_gradients_too(backend, monkeypatch):
+    monkeypatch.setenv("RLHF_KERNELS_BACKEND", backend)
+    x, *rest = tensors(rows=0)
+    y, grads = run((x, *rest), None, routing=build_routing(torch.zeros(0, dtype=torch.long), 3))
+    assert y.shape == (0, N)
+    assert all(not g.any() for g in grads)
+
+
+def test_autocast_gives_its_dtype_as_for_a_plain_linear():
+    x, weight, a, b, bias = tensors(rows=9)
+    index = torch.tensor([0, 1, -1] * 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(x.requires_grad_(), weight, a, b, index, 1.0, bias)
+        assert torch.equal(y[index == -1], F.linear(x, weight, bias)[index == -1])
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+    torch.testing.assert_close(y.float(), lora_linear(x, weight, a, b, index, 1.0, bias), rtol=3e-2, atol=3e-1)
 
 
 BAD = {

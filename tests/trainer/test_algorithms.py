@@ -8,10 +8,11 @@ import pytest
 import reference_algorithms as reference
 import tiny
 import torch
+from safetensors.torch import load_file
+
 from rlhf_trainer import core
 from rlhf_trainer.algorithms import TABLE, find, with_defaults
 from rlhf_trainer.models import load_tokenizer
-from safetensors.torch import load_file
 
 ONLINE = ["ppo", "lora-ppo", "j-hydra-ppo", "hydra-ppo", "remax"]
 SHAPED = {"missing_eos_penalty": 0.5, "reward_clip": 0.8, "temperature": 0.7, "kl_coef": 0.3}
@@ -239,7 +240,7 @@ def test_remax_advantages_have_the_papers_signs(mode):
 
 @pytest.mark.parametrize("algorithm", TABLE)
 def test_every_row_fills_all_defaults(algorithm):
-    config = with_defaults(replace(core.TrainConfig(), algorithm=algorithm))
+    config = with_defaults(replace(core.TrainConfig(model="base"), algorithm=algorithm))
     shaping = ("missing_eos_penalty", "reward_clip", "reward_model", "prompts", "eval_prompts", "max_active")
     empty = [name for name, value in vars(config).items() if value is None and name not in shaping]
     assert empty == []
@@ -250,6 +251,6 @@ def test_every_row_fills_all_defaults(algorithm):
     [("ppo", 4, 0), ("lora-ppo", 4, 2), ("j-hydra-ppo", 1, 1), ("hydra-ppo", 1, 2), ("remax", 2, 0)],
 )
 def test_layouts_hold_as_many_bases_and_adapters_as_the_papers_say(algorithm, copies, adapters):
-    layout = find(algorithm).layout(with_defaults(replace(core.TrainConfig(), algorithm=algorithm)))
+    layout = find(algorithm).layout(with_defaults(replace(core.TrainConfig(model="base"), algorithm=algorithm)))
     assert 1 + len(layout.bases) == copies
     assert len(layout.adapters) == adapters

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+
 from rlhf_trainer import checkpoint
 from rlhf_trainer.checkpoint import Checkpoint
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 import rlhf_trainer
 from rlhf_trainer import cli
 from rlhf_trainer.config import TrainConfig

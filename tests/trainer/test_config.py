@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from rlhf_trainer.config import ALGORITHMS, TrainConfig
 from rlhf_trainer.errors import UserError
 

@@ -7,10 +7,11 @@ import types
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
+
 from rlhf_trainer import train
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.rewards import RewardError
-from safetensors.torch import load_file
 
 ONLINE = ["ppo", "lora-ppo", "j-hydra-ppo", "hydra-ppo", "remax"]
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 
 import pytest
+
 from rlhf_trainer.demo import ASSETS, DATA, checkpoint_path, corpus, data_path
 
 

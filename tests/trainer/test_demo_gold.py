@@ -1,6 +1,7 @@
 """The gold score pays for what it says it pays for, and for nothing easier."""
 
 import pytest
+
 from rlhf_trainer.demo.evaluate import Sampled, at_length, compare
 from rlhf_trainer.demo.gold import COMPLETE, TOPIC, Gold, distinct_2, embedded, reward, words
 

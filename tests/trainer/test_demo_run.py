@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from rlhf_trainer.config import ONLINE
 from rlhf_trainer.demo import run, settings
 from rlhf_trainer.errors import UserError
@@ -60,9 +61,8 @@ def test_a_small_demo_leaves_results_figures_and_a_page(tmp_path, monkeypatch, c
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ONLINE)
 def test_memory_is_measured_as_planned(algorithm, tmp_path):
-    from rlhf_trainer.demo import measure
-
     from rlhf_kernels.memory import plan
+    from rlhf_trainer.demo import measure
 
     base = tmp_path / "base"
     run.train_base(base, seed=0, steps=2)

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import tiny
+
 from rlhf_trainer import train
 
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.metrics import MetricsLog, cut_after, make_progress, read_lines, shown_values

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
+
 from rlhf_trainer import TrainConfig
 from rlhf_trainer.optim import Optimizer, schedule
-from torch import nn
 
 
 def config(**changes):

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+
+from rlhf_kernels.memory import LAYOUTS, plan
 from rlhf_trainer.algorithms import find, with_defaults
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.demo import checkpoint_path
 from rlhf_trainer.models import build
 from rlhf_trainer.optim import Optimizer
-
-from rlhf_kernels.memory import LAYOUTS, plan
 
 WITH_ADAPTERS = {"lora-ppo", "j-hydra-ppo", "hydra-ppo"}
 

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.metrics import MetricsLog

@@ -9,9 +9,10 @@ import time
 
 import pytest
 import tiny
+from safetensors.torch import load_file
+
 from rlhf_trainer import checkpoint, train
 from rlhf_trainer.errors import UserError
-from safetensors.torch import load_file
 
 TIMED = ("timing/", "memory/", "sampling/tokens_per_second")
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.rewards import ClassifierReward, RewardError, RewardSum, build_rewards, call_reward

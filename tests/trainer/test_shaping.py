@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from rlhf_trainer import TrainConfig
 from rlhf_trainer.shaping import KLController, penalty, shape_rewards, shape_scores
 

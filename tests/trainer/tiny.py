@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rlhf_trainer import TrainConfig
 from safetensors.torch import save_file
+
+from rlhf_trainer import TrainConfig
 
 WORDS = [
     f"{a}{b}" for a in ("ka", "lo", "mi", "nu", "pe", "ro", "su", "ta") for b in ("ban", "dor", "fel", "gim", "hul")

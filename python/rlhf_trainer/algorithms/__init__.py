@@ -4,9 +4,11 @@ from dataclasses import replace
 
 from rlhf_trainer.algorithms import hydra_sft, ppo, remax, reward, sft
 from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss
-from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.config import ONLINE, TrainConfig
 
 TABLE: dict[str, Algorithm] = {row.name: row for module in (sft, reward, hydra_sft, ppo, remax) for row in module.ROWS}
+
+DEMO_REWARD = "rlhf_trainer.demo.gold:reward"
 
 __all__ = ["TABLE", "Algorithm", "Counts", "Layout", "Loss", "find", "with_defaults"]
 
@@ -21,7 +23,8 @@ def find(name: str) -> Algorithm:
 def with_defaults(config: TrainConfig) -> TrainConfig:
     """A copy of `config` whose None fields hold the algorithm's own values; the critic learns at the actor's rate.
 
-    A rank without an alpha gets alpha = rank (scaling 1).
+    A rank without an alpha gets alpha = rank (scaling 1); the embedded checkpoint, which has no reward head, its gold
+    score.
     """
     row = find(config.algorithm)
     values = {name: value for name, value in row.defaults.items() if getattr(config, name) is None}
@@ -30,4 +33,6 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
     filled = replace(config, **values)
     if filled.critic_learning_rate is None:
         filled = replace(filled, critic_learning_rate=filled.learning_rate)
+    if config.model == "demo" and config.algorithm in ONLINE and not (config.reward or config.reward_model):
+        filled = replace(filled, reward=[DEMO_REWARD])
     return filled

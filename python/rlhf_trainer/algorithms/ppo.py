@@ -61,24 +61,23 @@ def loss(model: HydraModel, batch: Rollout, counts: Counts, config: TrainConfig)
     return Loss(policy + (config.vf_coef or 0.0) * value, metrics, logprobs.detach())
 
 
-def _hydra(config: TrainConfig) -> Layout:
+def _one_base(actor: str, critic: str) -> Layout:
+    """One frozen base; `actor` and `critic` are adapters, which may be the same."""
     roles = {
-        "actor": Role("actor", "lm"),
-        "critic": Role("critic", "value"),
+        "actor": Role(actor, "lm"),
+        "critic": Role(critic, "value"),
         "reference": Role(None, "lm"),
         "reward": Role(None, "reward"),
     }
-    return Layout(roles, adapters=("actor", "critic"), head_start="reward")
+    return Layout(roles, adapters=tuple(dict.fromkeys((actor, critic))), head_start="reward")
+
+
+def _hydra(config: TrainConfig) -> Layout:
+    return _one_base("actor", "critic")
 
 
 def _joint(config: TrainConfig) -> Layout:
-    roles = {
-        "actor": Role("joint", "lm"),
-        "critic": Role("joint", "value"),
-        "reference": Role(None, "lm"),
-        "reward": Role(None, "reward"),
-    }
-    return Layout(roles, adapters=("joint",), head_start="reward")
+    return _one_base("joint", "joint")
 
 
 def _four_bases(config: TrainConfig, adapters: bool) -> Layout:

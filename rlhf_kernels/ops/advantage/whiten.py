@@ -32,6 +32,8 @@ def masked_whiten(
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device, by the argument's name.
+
+    Source: `whiten` of lm-human-preferences (Ziegler et al., 2019).
     """
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
         raise TypeError(

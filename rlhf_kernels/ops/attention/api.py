@@ -4,7 +4,6 @@ Query head h reads key/value head h // (heads // kv_heads). A query at position 
 i - window < j <= i.
 """
 
-import os
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +106,8 @@ def sliced_attention(
     Raises:
         TypeError, ValueError, IndexError: an argument of the wrong dtype, shape or device, or (on the CPU) lengths and
             slices that do not fit.
+
+    Source: Kwon et al., 2023 (PagedAttention); softcap: Gemma 2, 2024.
     """
     _check_rows("q", q, 3)
     if not 0 <= layer < len(arena.layers):
@@ -167,15 +168,18 @@ def _check_index(name: str, x: Tensor, dims: int, q: Tensor) -> None:
 
 def _options(d: int, scale: float | None, window: int | None, softcap: float | None) -> tuple[float, int, float]:
     """scale, window and softcap as the registered ops take them: 0 means none."""
+    for name, value, kinds in (
+        ("scale", scale, (int, float)),
+        ("window", window, int),
+        ("softcap", softcap, (int, float)),
+    ):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+            raise TypeError(f"{name} is {value!r}; it must be {'an int' if kinds is int else 'a number'}, or None")
     if window is not None and window < 1:
         raise ValueError(f"window is {window}; it must be at least 1 (the token itself), or None")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; it must be greater than 0, or None")
     return d**-0.5 if scale is None else float(scale), window or 0, softcap or 0.0
-
-
-def _values_checked(x: Tensor) -> bool:
-    return x.device.type == "cpu" or os.environ.get("RLHF_KERNELS_CHECK") == "1"
 
 
 def _check_borders(name: str, borders: Tensor, tokens: int) -> None:
@@ -204,7 +208,7 @@ def _check_slices(keys: Tensor, tokens: int, slice_table: Tensor, context_lens: 
 
 @torch.library.custom_op("rlhf_kernels::varlen_attention", mutates_args=())
 def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int, softcap: float) -> Tensor:
-    if _values_checked(cu_seqlens):
+    if registry.checks_values(cu_seqlens):
         _check_borders("cu_seqlens", cu_seqlens, q.shape[0])
     return naive.varlen_attention(q, k, v, cu_seqlens, scale, window or None, softcap or None)
 
@@ -256,7 +260,7 @@ def _sliced(
     window: int,
     softcap: float,
 ) -> Tensor:
-    if _values_checked(cu_q):
+    if registry.checks_values(cu_q):
         _check_slices(keys, q.shape[0], slice_table, context_lens, cu_q)
     options = (scale, window or None, softcap or None)
     return naive.sliced_attention(q, keys, values, slice_table, context_lens, cu_q, *options)

@@ -43,6 +43,10 @@ def _backward(ctx: Any, grad: Tensor, _lse_grad: Tensor | None) -> tuple[Tensor 
     return dq, dk, dv, None, None, None, None
 
 
+def _no_second(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError("varlen_attention is differentiable once: there is no second derivative")
+
+
 if AVAILABLE:
     for op in ("varlen_attention", "sliced_attention", "arena_write"):
         serves(op, "native", ["cpu"], [torch.float32, torch.bfloat16])
@@ -51,6 +55,7 @@ if AVAILABLE:
     torch.library.register_fake("rlhf_kernels::sliced_attention_forward")(_sliced_shapes)
     torch.library.register_fake("rlhf_kernels::arena_write")(lambda *_: None)
     torch.library.register_autograd("rlhf_kernels::varlen_attention_forward", _backward, setup_context=_save)
+    torch.library.register_autograd("rlhf_kernels::varlen_attention_backward", _no_second)
 
 
 def varlen_attention(

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from rlhf_kernels.ops import registry
 from rlhf_kernels.ops.logprob import naive, op
+from rlhf_kernels.ops.logprob.checks import check_arguments, check_lora, check_values
 from rlhf_kernels.ops.logprob.native import HALF_AND_SINGLE
-from rlhf_kernels.ops.logprob.outputs import DIVERGENCES, FIELDS, SAMPLED, LinearLogprobOutput, sampled_estimator
+from rlhf_kernels.ops.logprob.outputs import FIELDS, SAMPLED, LinearLogprobOutput, sampled_estimator
 
 Save = Literal["auto", "grad_vector", "recompute", "logits"]
 
@@ -76,16 +77,24 @@ def linear_logprob(
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, unknown names, temperature <= 0, save="grad_vector" when more
-            than `hidden` needs a gradient. IndexError: a target or adapter index out of range (CPU).
+            than `hidden` needs a gradient. IndexError: a target or adapter index out of range (tensors'
+            values on the CPU, elsewhere with RLHF_KERNELS_CHECK=1).
+
+    Differentiable once: a second derivative raises RuntimeError (float64, which autograd differentiates, excepted).
+
+    Source: the formulas above; k1, k2, k3: Schulman, "Approximating KL divergence", 2020.
     """
-    names = _check(
+    names = check_arguments(
         hidden, weight, target, bias, temperature, softcap, logit_scale, ref_hidden, ref_weight, divergence, entropy,
         grad_fields, save, valid_rows,
     )  # fmt: skip
     carried = names if grad_fields is None else tuple(name for name in names if name in grad_fields)
     if lora is not None:
-        lora = _check_lora(lora, hidden, weight, target)
+        lora = check_lora(lora, hidden, weight, target)
     if registry.choose("linear_logprob", hidden) == "naive" and tp_group is None:
+        candidates = (weight, bias, *(lora or ())[:2])
+        _resolve_save(save, hidden, [x for x in candidates if x is not None and x.requires_grad], ())
+        _check_definition_values(target, weight.shape[0], temperature, ignore_index, lora, valid_rows)
         found = naive.linear_logprob(
             hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
             ignore_index=ignore_index, entropy=entropy, ref_hidden=ref_hidden, ref_weight=ref_weight,
@@ -94,7 +103,7 @@ def linear_logprob(
         return LinearLogprobOutput(**{n: f.float() for n, f in zip(FIELDS, found) if f is not None})
 
     rows, width = target.numel(), hidden.shape[-1]
-    a, b, index, scaling = _lora_tensors(lora, target)
+    a, b, index, scaling = _lora_tensors(lora)
     trained = [x for x in (weight, bias, a, b) if x is not None and x.requires_grad]
     direct = _direct_fields(carried)
     kept = _resolve_save(save, hidden, trained, direct)
@@ -122,7 +131,8 @@ def _assemble(fields: dict[str, Tensor], names: tuple[str, ...], carried: tuple[
             logprob = fields["logprob"] if name in carried else fields["logprob"].detach()
             out[name] = sampled_estimator(name, logprob, fields["ref_logprob"].detach())
         else:
-            out[name] = fields[name] if name in carried else fields[name].detach()
+            keep = name in carried and name != "ref_logprob"  # the reference is a constant
+            out[name] = fields[name] if keep else fields[name].detach()
     return LinearLogprobOutput(**out)
 
 
@@ -151,7 +161,7 @@ def _resolve_save(save: Save, hidden: Tensor, trained: list[Tensor], direct: tup
 
 
 def _lora_tensors(
-    lora: tuple | None, target: Tensor
+    lora: tuple | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """A [n, r, H], B [n, V, r], index per row or None for "all rows, slot 0", scaling [n]."""
     if lora is None:
@@ -169,116 +179,21 @@ def _lora_tensors(
     return a, b, None if index is None else index.reshape(-1), scaling
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
+def _check_definition_values(
     target: Tensor,
-    bias: Tensor | None,
+    vocabulary: int,
     temperature: float | Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    ref_hidden: Tensor | None,
-    ref_weight: Tensor | None,
-    divergence: Collection[str],
-    entropy: bool,
-    grad_fields: Collection[str] | None,
-    save: str,
+    ignore_index: int,
+    lora: tuple | None,
     valid_rows: int | None,
-) -> tuple[str, ...]:
-    """Checks everything but values of tensors; returns the names of the fields asked for."""
-    if hidden.dim() < 1 or not hidden.is_floating_point():
-        raise TypeError(f"hidden must be a floating-point tensor [..., H], got {_describe(hidden)}")
-    check_target(target, hidden.shape[:-1], hidden.device, "hidden's leading dimensions")
-    width = hidden.shape[-1]
-    _check_matrix("weight", weight, hidden, (None, width))
-    if weight.shape[0] == 0:
-        raise ValueError("weight has no rows; the vocabulary must hold at least one token")
-    if bias is not None:
-        _check_matrix("bias", bias, hidden, (weight.shape[0],))
-    check_temperature(temperature, target)
-    if softcap is not None and not softcap >= 0:
-        raise ValueError(f"softcap is {softcap}; it must be None or > 0")
-    if not isinstance(logit_scale, (int, float)) or logit_scale == 0:
-        raise ValueError(f"logit_scale is {logit_scale!r}; it must be a number other than 0")
-    if isinstance(divergence, str) or set(divergence) - set(DIVERGENCES):
-        got = divergence if isinstance(divergence, str) else sorted(set(divergence) - set(DIVERGENCES))
-        raise ValueError(f"divergence holds {got!r}; it must be a collection of {', '.join(DIVERGENCES)}")
-    if ref_hidden is None and (divergence or ref_weight is not None):
-        raise ValueError("ref_hidden is None; divergence and ref_weight need the reference's hidden states")
-    if ref_hidden is not None:
-        _check_matrix("ref_hidden", ref_hidden, hidden, tuple(hidden.shape))
-    if ref_weight is not None:
-        _check_matrix("ref_weight", ref_weight, hidden, tuple(weight.shape))
-    asked = {"logprob", "lse", *divergence, *(("entropy",) if entropy else ())}
-    asked |= {"ref_logprob"} if ref_hidden is not None else set()
-    if grad_fields is not None and (isinstance(grad_fields, str) or set(grad_fields) - asked):
-        got = grad_fields if isinstance(grad_fields, str) else sorted(set(grad_fields) - asked)
-        raise ValueError(f"grad_fields holds {got!r}; it must be a collection of fields asked for: {sorted(asked)}")
-    if save not in ("auto", "grad_vector", "recompute", "logits"):
-        raise ValueError(f"save is {save!r}; it must be auto, grad_vector, recompute or logits")
-    if valid_rows is not None and not 0 <= valid_rows <= target.numel():
-        raise ValueError(f"valid_rows is {valid_rows}; it must lie in [0, {target.numel()}], the number of targets")
-    return tuple(name for name in FIELDS if name in asked)
-
-
-def check_target(target: Tensor, shape: torch.Size, device: torch.device, what: str) -> None:
-    if target.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"target has dtype {target.dtype}; it must be int32 or int64")
-    if target.shape != shape:
-        raise ValueError(f"target has shape {tuple(target.shape)}; it must be {what}, {tuple(shape)}")
-    if target.device != device:
-        raise ValueError(f"target is on {target.device}; it must be on {device}")
-
-
-def check_temperature(temperature: float | Tensor, target: Tensor) -> None:
-    if not isinstance(temperature, Tensor):
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}; it must be > 0")
+) -> None:
+    """For the definition, which checks no values: what the op checks as it goes."""
+    if not registry.checks_values(target):
         return
-    fits = temperature.dim() <= target.dim() and all(
-        t in (1, n) for t, n in zip(reversed(temperature.shape), reversed(target.shape))
-    )
-    if not fits or temperature.device != target.device:
-        raise ValueError(
-            f"temperature has shape {tuple(temperature.shape)} on {temperature.device}; "
-            f"it must broadcast to target's {tuple(target.shape)} on {target.device}"
-        )
-
-
-def _check_matrix(name: str, x: Tensor, hidden: Tensor, shape: tuple[int | None, ...]) -> None:
-    if x.dim() != len(shape) or any(want is not None and got != want for got, want in zip(x.shape, shape)):
-        wanted = ", ".join("V" if n is None else str(n) for n in shape)
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be [{wanted}]")
-    if not x.is_floating_point() or (x.dtype == torch.float64) != (hidden.dtype == torch.float64):
-        raise TypeError(f"{name} has dtype {x.dtype}; hidden has {hidden.dtype} (only half and single dtypes may mix)")
-    if x.device != hidden.device:
-        raise ValueError(f"{name} is on {x.device}; it must be on hidden's {hidden.device}")
-
-
-def _check_lora(lora: tuple, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple:
-    """lora with A and B made 3-D."""
-    if len(lora) != 4:
-        raise ValueError(f"lora has {len(lora)} entries; it must be (A, B, adapter_index, scaling)")
-    a, b, index, scaling = lora
-    if a.dim() == 2 and b.dim() == 2:
-        a, b = a[None], b[None]
-    rank = a.shape[1] if a.dim() == 3 else -1
-    _check_matrix("lora A", a, hidden, (a.shape[0], rank, hidden.shape[-1]))
-    _check_matrix("lora B", b, hidden, (a.shape[0], weight.shape[0], rank))
-    if isinstance(index, Tensor):
-        if index.shape != target.shape or index.is_floating_point():
-            raise ValueError(
-                f"lora: adapter_index is {index.dtype} {tuple(index.shape)}; it must be int {tuple(target.shape)}"
-            )
-    elif index is None:
-        if a.shape[0] != 1:
-            raise ValueError(f"lora: adapter_index is None with {a.shape[0]} adapters; it must be given when n > 1")
-    elif not -1 <= index < a.shape[0]:
-        raise IndexError(f"lora: adapter_index is {index}; it must lie in [-1, {a.shape[0]})")
-    if isinstance(scaling, Tensor) and scaling.numel() not in (1, a.shape[0]):
-        raise ValueError(f"lora: scaling has {scaling.numel()} entries; it must be a float or one for each adapter")
-    return a, b, index, scaling
-
-
-def _describe(x: Tensor) -> str:
-    return f"{x.dtype} {tuple(x.shape)}"
+    flat = target.reshape(-1)
+    counted = op.valid_rows_of(flat, ignore_index, -1 if valid_rows is None else valid_rows)
+    rows = slice(None) if counted is None else counted
+    heat = temperature.broadcast_to(target.shape) if isinstance(temperature, Tensor) else flat.new_ones(flat.shape)
+    index = lora[2].reshape(-1)[rows] if lora is not None and isinstance(lora[2], Tensor) else None
+    adapters = 0 if lora is None else len(lora[0])
+    check_values(flat[rows], vocabulary, heat.reshape(-1)[rows], None, index, adapters)

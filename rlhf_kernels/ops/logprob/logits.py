@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlhf_kernels.ops import registry
 from rlhf_kernels.ops.logprob import naive, native
-from rlhf_kernels.ops.logprob.api import check_target, check_temperature
+from rlhf_kernels.ops.logprob.checks import check_target, check_temperature, check_values
 from rlhf_kernels.ops.logprob.outputs import LogprobOutput
 
 if native.AVAILABLE:
@@ -38,13 +38,17 @@ def logprob(
         LogprobOutput(logprob, lse, entropy), fp32 in target's shape.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices, temperature <= 0. IndexError: a target out of range (CPU).
+        ValueError, TypeError: shapes, dtypes, devices, temperature <= 0. IndexError: a target out of range
+            (tensors' values on the CPU, elsewhere with RLHF_KERNELS_CHECK=1).
+
+    Source: log-softmax, as in `linear_logprob`.
     """
     if logits.dim() < 1 or not logits.is_floating_point() or logits.shape[-1] == 0:
         raise TypeError(f"logits must be a floating-point tensor [..., V], got {logits.dtype} {tuple(logits.shape)}")
     check_target(target, logits.shape[:-1], logits.device, "logits' leading dimensions")
     check_temperature(temperature, target)
     if registry.choose("logprob", logits) == "naive":
+        check_values(target, logits.shape[-1], temperature, ignore_index)
         found = naive.logprob(logits, target, temperature=temperature, ignore_index=ignore_index, entropy=entropy)
         wide = None if found.entropy is None else found.entropy.float()
         return LogprobOutput(found.logprob.float(), found.lse.float(), wide)
@@ -64,15 +68,10 @@ def forward(
     logits: Tensor, target: Tensor, temperature: Tensor, ignore_index: int, overwrite: bool
 ) -> tuple[Tensor, Tensor]:
     """fields [3, N] (logprob, lse, entropy) and [2, N]: 1 - p_target, what lse lost by rounding."""
-    counted = target[target != ignore_index]
-    if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= logits.shape[1]):
-        bad = int(counted[(counted < 0) | (counted >= logits.shape[1])][0])
-        raise IndexError(f"target holds {bad}; it must lie in [0, {logits.shape[1]}) or equal ignore_index")
-    if temperature.numel() and not bool((temperature > 0).all()):
-        raise ValueError(f"temperature holds {float(temperature.min())}; it must be > 0")
+    check_values(target, logits.shape[1], temperature, ignore_index)
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     out = torch.empty(5, len(target), dtype=torch.float32, device=logits.device)
-    torch.ops.rlhf_kernels.logprob_rows(logits, target, temperature, ignore_index, out)
+    native.logprob_rows(logits, target, temperature, ignore_index, out)
     return out[:3].clone(), out[3:].clone()
 
 
@@ -87,7 +86,7 @@ def backward(logits: Tensor, target: Tensor, temperature: Tensor, ignore_index: 
     """The gradient of logits [N, V], in their dtype; coefficients [6, N] as in csrc."""
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    torch.ops.rlhf_kernels.logprob_rows_backward(logits, target, temperature, ignore_index, coefficients, out)
+    native.logprob_rows_backward(logits, target, temperature, ignore_index, coefficients, out)
     return out
 
 
@@ -111,9 +110,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
     coefficients = torch.stack((fields[1], low, constant, -g_entropy, g_logprob, g_logprob * miss))
     if ctx.overwrite:
         storage = logits.detach()
-        torch.ops.rlhf_kernels.logprob_rows_backward(
-            storage, target, temperature, ctx.ignore_index, coefficients, storage
-        )
+        native.logprob_rows_backward(storage, target, temperature, ctx.ignore_index, coefficients, storage)
         return storage, None, None, None, None
     return backward(logits, target, temperature, ctx.ignore_index, coefficients), None, None, None, None
 

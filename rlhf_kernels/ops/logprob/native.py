@@ -1,6 +1,7 @@
-"""Binding to csrc/cpu/logprob.cpp: the row passes of `rows.py` as compiled kernels."""
+"""Binding to csrc/cpu: the row passes of `rows.py` (logprob.cpp) and `logprob` on whole rows (logprob_rows.cpp)."""
 
 import torch
+from torch import Tensor
 
 from rlhf_kernels.ops import registry
 
@@ -15,3 +16,15 @@ def row_passes(device: torch.device):
     from rlhf_kernels.ops.logprob import rows
 
     return rows
+
+
+def logprob_rows(logits: Tensor, target: Tensor, temperature: Tensor, ignore_index: int, out: Tensor) -> None:
+    """out fp32 [5, N]: logprob, lse, entropy, 1 - p_target, and what lse lost by rounding, of logits [N, V]."""
+    torch.ops.rlhf_kernels.logprob_rows(logits, target, temperature, ignore_index, out)
+
+
+def logprob_rows_backward(
+    logits: Tensor, target: Tensor, temperature: Tensor, ignore_index: int, coefficients: Tensor, out: Tensor
+) -> None:
+    """The gradient of logits [N, V] into out, which may be their own storage; coefficients [6, N] as in csrc."""
+    torch.ops.rlhf_kernels.logprob_rows_backward(logits, target, temperature, ignore_index, coefficients, out)

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from rlhf_kernels.ops.logprob import state as st
 from rlhf_kernels.ops.logprob import sweep
+from rlhf_kernels.ops.logprob.checks import check_values
+from rlhf_kernels.ops.logprob.head import Head, LowRank, Shard, operand
+from rlhf_kernels.ops.registry import no_autocast
 
 RETURNED = ("logprob", "lse", "entropy", "ref_logprob", "kl", "rkl", "js")
 NEEDS = ("hidden", "weight", "bias", "lora_a", "lora_b")
@@ -25,7 +28,7 @@ def _vector_dtype(hidden: Tensor) -> torch.dtype:
     return torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
 
 
-def _valid_rows(target: Tensor, ignore_index: int, valid_rows: int) -> Tensor | None:
+def valid_rows_of(target: Tensor, ignore_index: int, valid_rows: int) -> Tensor | None:
     """Indices of the rows that count; None means all of them (or unknown, under graph capture)."""
     mask = target != ignore_index
     if target.device.type == "cuda":
@@ -39,17 +42,6 @@ def _valid_rows(target: Tensor, ignore_index: int, valid_rows: int) -> Tensor | 
     return None if len(rows) == len(target) else rows
 
 
-def _check_values(target: Tensor, vocabulary: int, temperature: Tensor, index: Tensor | None, adapters: int) -> None:
-    """Value checks of the CPU; `target` holds no ignored row."""
-    if target.numel() and (int(target.min()) < 0 or int(target.max()) >= vocabulary):
-        bad = int(target[(target < 0) | (target >= vocabulary)][0])
-        raise IndexError(f"target holds {bad}; it must lie in [0, {vocabulary}) or equal ignore_index")
-    if temperature.numel() and not bool((temperature > 0).all()):
-        raise ValueError(f"temperature holds {float(temperature.min())}; it must be > 0")
-    if index is not None and index.numel() and (int(index.min()) < -1 or int(index.max()) >= adapters):
-        raise IndexError(f"lora: adapter_index must lie in [-1, {adapters}), got up to {int(index.max())}")
-
-
 def _low_rank(x: Tensor, a: Tensor | None, b: Tensor | None, index: Tensor | None, scaling: Tensor | None) -> list:
     if a is None or b is None or scaling is None:
         return []
@@ -58,7 +50,7 @@ def _low_rank(x: Tensor, a: Tensor | None, b: Tensor | None, index: Tensor | Non
         rows = None if index is None else (index == slot).nonzero().squeeze(1)
         wide = a[slot].float()
         s = (x if rows is None else x[rows]).float() @ wide.t()
-        out.append(sweep.LowRank(rows, s, wide, b[slot].float(), scaling[slot].float(), slot))
+        out.append(LowRank(rows, s, wide, b[slot].float(), scaling[slot].float(), slot))
     return out
 
 
@@ -79,7 +71,7 @@ def _head(
     softcap: float,
     logit_scale: float,
     tp_group: str,
-) -> sweep.Head:
+) -> Head:
     def take(x: Tensor) -> Tensor:
         return x if rows is None else x[rows]
 
@@ -89,12 +81,11 @@ def _head(
     else:
         t = take(row_temperature).float().contiguous()
     index = None if lora_index is None else take(lora_index)
-    shard, vocabulary = sweep.Shard.of(tp_group, weight.shape[0], weight.device)
-    if x.device.type == "cpu":
-        _check_values(y, vocabulary, t, index, 0 if lora_a is None else lora_a.shape[0])
-    x = sweep.operand(x)
-    ref = None if ref_hidden is None else sweep.operand(take(ref_hidden)).to(x.dtype)
-    return sweep.Head(
+    shard, vocabulary = Shard.of(tp_group, weight.shape[0], weight.device)
+    check_values(y, vocabulary, t, None, index, 0 if lora_a is None else lora_a.shape[0])
+    x = operand(x)
+    ref = None if ref_hidden is None else operand(take(ref_hidden)).to(x.dtype)
+    return Head(
         x=x,
         ref=ref,
         weight=weight.detach(),
@@ -146,8 +137,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, asked, grads = len(target), _names(fields), _names(grad_fields)
     reference = ref_hidden is not None
-    with torch.no_grad():
-        rows = _valid_rows(target, ignore_index, valid_rows)
+    with torch.no_grad(), no_autocast(hidden):
+        rows = valid_rows_of(target, ignore_index, valid_rows)
         head = _head(
             rows, hidden, weight, target, bias, row_temperature, ref_hidden, ref_weight, lora_a, lora_b, lora_index,
             lora_scaling, temperature, softcap, logit_scale, tp_group,
@@ -195,7 +186,7 @@ def forward(
     return (out[0], out[1], out[2], out[3], out[4], out[5], out[6], stats, vectors, logits)
 
 
-def _vectors(head: sweep.Head, stats: Tensor, grads: tuple[str, ...]) -> list[Tensor | None]:
+def _vectors(head: Head, stats: Tensor, grads: tuple[str, ...]) -> list[Tensor | None]:
     """d field / d hidden for each field, by one further sweep a field."""
     named = dict(zip(st.BACKWARD, stats))
     ones = torch.ones_like(stats[0])
@@ -248,8 +239,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (hidden, weight, bias, lora_a, lora_b), empty where `needs` does not name them; upstream [F, N]."""
     n, wanted = len(target), _names(needs)
-    with torch.no_grad():
-        rows = _valid_rows(target, ignore_index, valid_rows)
+    with torch.no_grad(), no_autocast(hidden):
+        rows = valid_rows_of(target, ignore_index, valid_rows)
         head = _head(
             rows, hidden, weight, target, bias, row_temperature, ref_hidden, ref_weight, lora_a, lora_b, lora_index,
             lora_scaling, temperature, softcap, logit_scale, tp_group,
@@ -283,6 +274,25 @@ def _(
     )
 
 
+@torch.library.custom_op("rlhf_kernels::linear_logprob_scaled_vectors", mutates_args=())
+def scaled_vectors(upstream: Tensor, vectors: Tensor, target: Tensor, like: Tensor, ignore_index: int) -> Tensor:
+    """Gradient of hidden in like's dtype: upstream [F, N] times vectors [F, N, H], summed over the fields.
+
+    An op, so that a second derivative is an error: as plain products the vectors would pass for constants, silently.
+    """
+    total: Tensor | None = None
+    for g, vector in zip(upstream, vectors):
+        term = torch.where(target == ignore_index, 0, g)[:, None] * vector
+        total = term if total is None else total.add_(term)
+    assert total is not None
+    return total.to(like.dtype)
+
+
+@scaled_vectors.register_fake
+def _(upstream, vectors, target, like, ignore_index):
+    return like.new_empty(vectors.shape[1:])
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     tensors, scalars = inputs[:11], inputs[11:]
     ctx.scalars = scalars
@@ -303,13 +313,9 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple:
         return nothing
     if save == "grad_vector":
         like, target, vectors = ctx.saved_tensors
-        total: Tensor | None = None
-        for name, vector in zip(_names(grad_fields), vectors):
-            if name in given:
-                g = torch.where(target == ignore_index, 0, given[name])
-                term = g[:, None] * vector
-                total = term if total is None else total + term
-        return (None if total is None else total.to(like.dtype), *nothing[1:])
+        names = _names(grad_fields)
+        upstream = torch.stack([given.get(name, torch.zeros_like(vectors[0, :, 0])) for name in names])
+        return (scaled_vectors(upstream, vectors, target, like, ignore_index), *nothing[1:])
     *tensors, stats, logits = ctx.saved_tensors
     positions = {"hidden": 0, "weight": 1, "bias": 3, "lora_a": 7, "lora_b": 8}
     needs = [name for name, i in positions.items() if ctx.needs_input_grad[i]]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlhf_kernels.ops import registry
 from rlhf_kernels.ops.lora import naive, native
-from rlhf_kernels.ops.lora.routing import Routing, check_index, check_values
+from rlhf_kernels.ops.lora.routing import Routing, check_index
 
 
 def lora_linear(
@@ -40,7 +40,8 @@ def lora_linear(
         routing: `build_routing(adapter_index, n)`, computed once a batch; it stands for adapter_index.
 
     Returns:
-        [..., N] of x's dtype. Differentiable in x, weight, bias, lora_a and lora_b where they require it.
+        [..., N] of x's dtype (under autocast: in autocast's, as torch's linear gives it). Differentiable in x, weight,
+        bias, lora_a and lora_b where they require it.
 
     Guarantees: a row does not see another row's adapter, whatever that holds (NaN, inf); a bypassed row is bit-equal to
     the same call with every row bypassed; W is never copied, x only where an adapter's rows lie scattered.
@@ -51,6 +52,8 @@ def lora_linear(
 
     Source: LoRA (arXiv 2106.09685), routed by row as Hydra-RLHF's dynamic LoRA (arXiv 2309.00754) needs it.
     """
+    if isinstance(x, Tensor) and isinstance(weight, Tensor) and registry.under_autocast(x):
+        x, weight, bias = _as_autocast(x, weight, bias)
     a_list, b_list = _check_adapters(x, weight, bias, lora_a, lora_b)
     n = len(a_list)
     rows = math.prod(x.shape[:-1])
@@ -81,12 +84,16 @@ def apply(
     grad_rows: int | None = None,
 ) -> Tensor:
     """The op without its checks: x [rows, K]; index int [rows] and/or runs (see Routing); used by LoRALinear."""
+    if registry.under_autocast(x):
+        x, weight, bias = _as_autocast(x, weight, bias)
+    if runs is not None and not runs:  # no rows; an empty list is no input torch.library can give a gradient back for
+        runs = [0, 0, -1]
     if registry.choose("lora_linear", x) == "naive":
         if index is None:
             assert runs is not None
             counts = torch.tensor([hi - lo for lo, hi, _ in native.triples(runs)], device=x.device)
             index = torch.tensor(runs[2::3], device=x.device).repeat_interleave(counts, output_size=x.shape[0])
-        if check_values(index):
+        if registry.checks_values(index):
             check_index(index, len(lora_a))
         scales = scaling if scaling_tensor is None else scaling_tensor
         return naive.lora_linear(x, weight, bias, lora_a, lora_b, index, scales, grad_rows)
@@ -98,6 +105,15 @@ def apply(
     if runs is not None and scaling_tensor is None:
         return native.infer(x, weight, bias, lora_a, lora_b, runs, scaling)
     return native.forward(x, weight, bias, lora_a, lora_b, index, runs, scaling, scaling_tensor)[0]
+
+
+def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three in the dtype that autocast gives torch's own linear; float64 is left alone."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    cast = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias)]
+    assert cast[0] is not None
+    assert cast[1] is not None
+    return cast[0], cast[1], cast[2]
 
 
 # ---- the op: forward, fake, autograd ---------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlhf_kernels.ops.lora.routing import check_index, check_values, contiguous_runs
-from rlhf_kernels.ops.registry import serves
+from rlhf_kernels.ops.lora.routing import check_index, contiguous_runs
+from rlhf_kernels.ops.registry import checks_values, serves
 
 serves("lora_linear", "native", ("cpu", "cuda"), (torch.float32, torch.bfloat16, torch.float16))
 
@@ -57,7 +57,7 @@ def forward(
     scaling_tensor: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y [rows, N] and S [rows, saved_width], both of x's dtype. `scaling_tensor` [n] goes before `scaling`."""
-    if index is not None and runs is None and check_values(index):
+    if index is not None and runs is None and checks_values(index):
         check_index(index, len(lora_a))
     scales = scaling if scaling_tensor is None else scaling_tensor
     y = F.linear(x, weight, bias)

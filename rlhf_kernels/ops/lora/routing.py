@@ -4,12 +4,13 @@ Rows of one adapter usually lie together (one role after another), so a batch is
 run is a slice, and a slice of a GEMM's output can be accumulated in place without gathering a row.
 """
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from rlhf_kernels.ops.registry import checks_values
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,10 @@ def build_routing(adapter_index: Tensor, n: int) -> Routing:
     if not isinstance(n, int) or n < 0:
         raise ValueError(f"n is {n!r}; it must be the number of adapters, an int >= 0")
     index = adapter_index.reshape(-1)
-    if check_values(index):
+    if checks_values(index):
         check_index(index, n)
     runs = contiguous_runs(index, n) if index.device.type == "cpu" else None
     return Routing(n, index.numel(), index=index, runs=runs)
-
-
-def check_values(tensor: Tensor) -> bool:
-    """Whether the host may look at `tensor`'s values: on the CPU, and elsewhere with RLHF_KERNELS_CHECK=1."""
-    return tensor.device.type == "cpu" or os.environ.get("RLHF_KERNELS_CHECK") == "1"
 
 
 def check_index(index: Tensor, n: int) -> None:

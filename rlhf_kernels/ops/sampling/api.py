@@ -1,7 +1,5 @@
 """`sample`: one pass from logits to (token, logprob), greedy and sampled rows side by side."""
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -121,7 +119,7 @@ def _sample(
     position: Tensor,
     greedy: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    if logits.device.type == "cpu" or os.environ.get("RLHF_KERNELS_CHECK") == "1":
+    if registry.checks_values(logits):
         word = "in [0, 2^32)"
         _check_values(
             {

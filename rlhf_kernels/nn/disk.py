@@ -1,0 +1,72 @@
+"""A HydraModel on disk: adapters in PEFT's layout, heads in one file, trained bases as transformers'."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlhf_kernels.integrations.peft import CONFIG, load_adapter, read_spec, save_adapter
+
+if TYPE_CHECKING:
+    from rlhf_kernels.nn.hydra import HydraModel
+
+HEADS_FILE = "heads.safetensors"
+
+
+def save(model: "HydraModel", directory: Path) -> None:
+    """HydraModel.save_pretrained."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for adapter, where in model.adapters.items():
+        save_adapter(model.decoder(where), adapter, directory / adapter)
+    if model.heads:
+        save_heads(model.linear_heads(), directory)
+    for name in model.trainable_bases:
+        base = model.decoder(name)
+        weights = {k: v for k, v in base.state_dict().items() if ".lora_A." not in k and ".lora_B." not in k}
+        base.save_pretrained(directory / name, state_dict=weights)
+
+
+def load_adapters(model: "HydraModel", directory: Path) -> list[str]:
+    """HydraModel.load_adapters."""
+    found = sorted(p.parent for p in directory.glob(f"*/{CONFIG}"))
+    if not found and not (directory / HEADS_FILE).is_file():
+        raise ValueError(f"{directory}: no adapter in this directory; it must hold <adapter>/{CONFIG}")
+    for path in found:
+        if path.name not in model.adapters:
+            model.add_adapter(path.name, read_spec(path))
+        load_adapter(model.decoder(model.adapters[path.name]), path.name, path)
+    if (directory / HEADS_FILE).is_file():
+        load_heads(model.linear_heads(), directory / HEADS_FILE)
+    return [path.name for path in found]
+
+
+def load_base_heads(model: "HydraModel", file: Path, base: str) -> None:
+    """The heads of a checkpoint's own file belong to that base, whatever it is called here."""
+    own = {role.head_key: role.head for role in model.roles.values() if role.base == base and role.head != "lm"}
+    mine = {name: head for key, name in own.items() if (head := model.linear_heads().get(key)) is not None}
+    load_heads(mine, file)
+
+
+def save_heads(heads: Mapping[str, nn.Linear], directory: Path) -> None:
+    tensors = {f"{key}.weight": head.weight.detach().cpu().contiguous() for key, head in heads.items()}
+    save_file(tensors, directory / HEADS_FILE, metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def load_heads(heads: Mapping[str, nn.Linear], file: Path) -> None:
+    """Fills the heads that `file` has; the others stay. ValueError where a shape does not fit."""
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: not a readable safetensors file ({error})") from error
+    for key, head in heads.items():
+        stored = tensors.get(f"{key}.weight")
+        if stored is None:
+            continue
+        if stored.shape != head.weight.shape:
+            raise ValueError(f"{file}: head {key!r} is {list(stored.shape)}; it must be {list(head.weight.shape)}")
+        head.weight.copy_(stored)
