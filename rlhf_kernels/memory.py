@@ -127,7 +127,8 @@ def plan(
     for key, value in (("batch", batch), ("prompt", prompt), ("response", response), ("lora_rank", lora_rank)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{key}: must be a whole number of at least 1, got {value!r}")
-    kv_bytes, budget_bytes = (None if v is None else parse_bytes(v) for v in (kv_memory, budget))
+    kv_bytes = None if kv_memory is None else parse_bytes(kv_memory, "kv_memory")
+    budget_bytes = None if budget is None else parse_bytes(budget, "budget")
     model = meta_model(config_or_path, dtype)
     layout = LAYOUTS[name] if reward_model else without_reward_copy(LAYOUTS[name])
     static = tuple(_static_rows(model, layout, lora_rank, target_modules, MOMENTS[optimizer]))

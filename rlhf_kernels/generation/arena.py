@@ -52,7 +52,7 @@ class Arena:
             raise ValueError(f"slice_tokens is {slice_tokens}; it must be at least 1")
         if not dtype.is_floating_point:
             raise TypeError(f"dtype is {dtype}; it must be a floating point type")
-        self.kv_memory = parse_bytes(kv_memory)
+        self.kv_memory = parse_bytes(kv_memory, "kv_memory")
         self.slice_tokens = slice_tokens
         self.dtype = dtype
         self.device = torch.device(device)

@@ -52,7 +52,9 @@ class SlicedGenerator:
         if step_tokens < 1:
             raise ValueError(f"step_tokens is {step_tokens}; it must be at least 1")
         self.model = model
-        self.kv_memory = parse_bytes(kv_memory)
+        self.kv_memory = parse_bytes(kv_memory, "kv_memory")
+        if isinstance(slice_tokens, bool) or not isinstance(slice_tokens, int) or slice_tokens < 1:
+            raise ValueError(f"slice_tokens is {slice_tokens!r}; it must be an int >= 1")
         self.slice_tokens = slice_tokens
         self.step_tokens = step_tokens
         self.max_active = step_tokens if max_active is None else max_active
