@@ -222,9 +222,9 @@ def _check_kv_memory(value: str | int) -> None:
     from rlhf_kernels.memory_size import parse_bytes
 
     try:
-        parse_bytes(value, "kv_memory")
+        parse_bytes(value)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"kv_memory: {error}") from error
 
 
 def _check_trackers(names: list[str]) -> None:
