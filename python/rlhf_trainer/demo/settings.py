@@ -43,7 +43,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "j-hydra-ppo": ADAPTERS | {"vf_coef": 0.05, "kl_coef": 0.43, "total_steps": 75},
     "lora-ppo": ADAPTERS,
     "ppo": {"learning_rate": 3e-4, "kl_coef": 0.5, "total_steps": 60},
-    "remax": {"learning_rate": 5e-4, "num_ppo_epochs": 1, "total_steps": 80},
+    "remax": {"learning_rate": 5e-4, "num_ppo_epochs": 1, "kl_coef": 0.45, "total_steps": 80},
 }
 assert set(TUNED) == set(ONLINE)
 
