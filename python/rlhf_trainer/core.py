@@ -70,7 +70,7 @@ def train(config: TrainConfig) -> TrainResult:
     _check_device(config.device)
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config)
-    phase, policy = _phase(config, row, tokenizer)
+    phase, policy = build_phase(config, row, tokenizer)
     found = checkpoint.load(output_dir) if config.resume else None
     start = 0
     if found is not None:
@@ -121,7 +121,7 @@ def _step(phase: Online | Offline, policy: Policy, step: int, config: TrainConfi
     return metrics
 
 
-def _phase(config: TrainConfig, row: Algorithm, tokenizer: Any) -> tuple[Online | Offline, Policy]:
+def build_phase(config: TrainConfig, row: Algorithm, tokenizer: Any) -> tuple[Online | Offline, Policy]:
     """Data and rewards first (cheap, and where most mistakes are), then the models."""
     if row.data is not None:
         rows: list[Any] = (

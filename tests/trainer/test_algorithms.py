@@ -34,7 +34,7 @@ class Run:
         self.config = with_defaults(tiny.config(directory, algorithm, **changes).validate())
         torch.manual_seed(0)
         self.tokenizer = load_tokenizer(self.config)
-        self.phase, self.policy = core._phase(self.config, find(algorithm), self.tokenizer)
+        self.phase, self.policy = core.build_phase(self.config, find(algorithm), self.tokenizer)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
             for parameter in self.policy.trained.values():
@@ -179,7 +179,7 @@ def test_the_update_does_not_depend_on_the_micro_batch(files, tmp_path, algorith
 @pytest.mark.parametrize("algorithm", ONLINE)
 def test_rollout_and_first_update_pass_agree_and_the_first_kl_is_exactly_zero(files, tmp_path, algorithm):
     config = with_defaults(tiny.config(files, algorithm, output_dir=str(tmp_path / "out")).validate())
-    phase, _ = core._phase(config, find(algorithm), load_tokenizer(config))
+    phase, _ = core.build_phase(config, find(algorithm), load_tokenizer(config))
     metrics = phase.step(0)
     assert metrics["objective/kl"] == 0.0
     rows = transformers_model(config.model)(input_ids=torch.arange(40)[None]).logits

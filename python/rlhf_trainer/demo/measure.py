@@ -57,13 +57,13 @@ def measure(algorithm: str, base: Path) -> Measured:
 def run_steps(algorithm: str, base: Path, steps: int) -> tuple[dict[str, Any], Any]:
     """The demo's own configuration for so many steps; nothing is written."""
     from rlhf_trainer.algorithms import find, with_defaults
-    from rlhf_trainer.core import _phase
+    from rlhf_trainer.core import build_phase
     from rlhf_trainer.demo.settings import online
     from rlhf_trainer.models import load_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         config = with_defaults(online(algorithm, base, Path(folder), total_steps=max(steps, 2)).validate())
-        phase, policy = _phase(config, find(algorithm), load_tokenizer(config))
+        phase, policy = build_phase(config, find(algorithm), load_tokenizer(config))
     found: dict[str, Any] = {"static": 0, "seconds": [], "length": 0.0}
     step_optimizer = phase.optimizer.step
 
