@@ -1,5 +1,6 @@
 """The wheel as a user gets it: built from the checkout, installed elsewhere, run from an empty directory."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,22 +9,29 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
-# one process builds the wheel, and every test of it runs there
-pytestmark = pytest.mark.xdist_group("wheel")
 ROOT = Path(__file__).resolve().parent.parent
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    source = out / "source"  # a copy: what lies in build/ must not end up in the wheel, nor two builds meet there
+    base = tmp_path_factory.getbasetemp()
+    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "wheel"
+    with FileLock(f"{out}.lock"):  # of several test processes the first builds, the others wait
+        if not any(out.glob("*.whl")):
+            build_wheel(out)
+    return next(out.glob("*.whl"))
+
+
+def build_wheel(out: Path) -> None:
+    """Builds from a copy: what lies in build/ must not end up in the wheel."""
+    source = out / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.egg-info", "output"))
     command = [*PIP, "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(out), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=out)
     assert done.returncode == 0, done.stderr
-    return next(out.glob("*.whl"))
 
 
 @pytest.fixture(scope="session")
@@ -94,4 +102,5 @@ def test_the_installed_trainer_trains_the_demo_checkpoint_outside_the_checkout(i
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "out" / "metrics.jsonl").read_text().count("\n") == 1
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1]  # the held-out prompts before training, and the step

@@ -80,6 +80,8 @@ def train(config: TrainConfig) -> TrainResult:
         log = MetricsLog(output_dir, config, resume_step=start or None)
     history: list[dict[str, float]] = []
     try:
+        if start == 0:
+            _evaluate_untrained(phase, policy, config, log)
         for step in range(start, config.total_steps):
             history.append(_step(phase, policy, step, config, log))
     finally:
@@ -91,6 +93,20 @@ def train(config: TrainConfig) -> TrainResult:
 
         write_report(output_dir)
     return TrainResult(output_dir, max(start, config.total_steps), history[-1] if history else {}, history)
+
+
+def _evaluate_untrained(phase: Online | Offline, policy: Policy, config: TrainConfig, log: MetricsLog) -> None:
+    """Held-out completions before the first update, as step 0: what the later ones are compared with."""
+    output_dir = Path(config.output_dir)
+    try:
+        metrics = phase.evaluate()
+    except RewardError:
+        _save(output_dir, 0, phase, policy)
+        raise
+    if metrics:
+        with _writing(output_dir):
+            log.samples(0, phase.samples)
+            log.log(0, metrics)
 
 
 def _step(phase: Online | Offline, policy: Policy, step: int, config: TrainConfig, log: MetricsLog) -> dict[str, float]:

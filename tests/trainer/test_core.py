@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from rlhf_trainer import train
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.metrics import read_lines
 from rlhf_trainer.rewards import RewardError
 
 ONLINE = ["ppo", "lora-ppo", "j-hydra-ppo", "hydra-ppo", "remax"]
@@ -183,6 +184,12 @@ def test_held_out_prompts_are_evaluated_with_the_same_draws_each_time(tmp_path):
     first, second = (row["eval/reward"] for row in result.history)
     assert first == pytest.approx(second, abs=1e-5)
     assert result.history[0]["eval/kl"] == pytest.approx(0.0, abs=1e-5)
+    untrained = next(read_lines(result.output_dir / "metrics.jsonl"))
+    assert untrained == {"step": 0, **{k: pytest.approx(untrained[k]) for k in untrained if k.startswith("eval/")}}
+    assert untrained["eval/reward"] == pytest.approx(first, abs=1e-5)
+    samples = list(read_lines(result.output_dir / "samples.jsonl"))
+    shown = [[row["prompt"] for row in samples if row["step"] == step] for step in (0, 2)]
+    assert shown[0] == shown[1]
 
 
 def test_the_controller_moves_the_coefficient(tmp_path):

@@ -282,8 +282,13 @@ def test_a_reward_that_fails_in_the_evaluation_does_not_lose_the_steps_line(here
     from rlhf_trainer.online import Online
     from rlhf_trainer.rewards import RewardError
 
+    evaluate, calls = Online.evaluate, []
+
     def fail(self):
-        raise RewardError("reward: held-out")
+        calls.append(self)
+        if len(calls) == 2:  # the first is before training
+            raise RewardError("reward: held-out")
+        return evaluate(self)
 
     settings = _settings("hydra-ppo", "qwen2", tmp_path / "out", eval_prompts="prompts.jsonl", eval_steps=1)
     with monkeypatch.context() as patch:
@@ -291,15 +296,15 @@ def test_a_reward_that_fails_in_the_evaluation_does_not_lose_the_steps_line(here
         with pytest.raises(RewardError):
             train(TrainConfig(**settings))
     train(TrainConfig(**settings, resume=True))
-    assert [row["step"] for row in _curve(tmp_path / "out")] == [1, 2]
+    assert [row["step"] for row in _curve(tmp_path / "out")] == [0, 1, 2]
 
 
 def test_held_out_completions_are_recorded_for_the_same_prompts_each_time(here, tmp_path):
     changes = {"eval_prompts": "prompts.jsonl", "eval_steps": 1, "num_sample_completions": 3}
     train(TrainConfig(**_settings("hydra-ppo", "qwen2", tmp_path / "out", **changes)))
     rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
-    asked = {step: [row["prompt"] for row in rows if row["step"] == step] for step in (1, 2)}
-    assert asked[1] == asked[2] == [f"the cat number {i} sat on" for i in range(3)]
+    asked = {step: [row["prompt"] for row in rows if row["step"] == step] for step in (0, 1, 2)}
+    assert asked[0] == asked[1] == asked[2] == [f"the cat number {i} sat on" for i in range(3)]
 
 
 @pytest.mark.parametrize("algorithm", ["hydra-ppo", "ppo"])
