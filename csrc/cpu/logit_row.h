@@ -90,7 +90,7 @@ inline Mass finish_mass(const float* z, int64_t n, int64_t target, float m, int3
   if (target >= 0 && target < n) {
     out.target = z[target];
     if (target == pivot) {
-      out.rest = r > 0 ? m + std::log(r) : kMasked;
+      out.rest = r == 0 ? kMasked : m + std::log(r);  // a NaN stays one
     } else {  // s >= 1 + the target's share: the subtraction loses at most one bit
       out.rest = m + std::log(s - std::exp(std::max(double(z[target]) - m, -200.0)));
     }

@@ -54,6 +54,8 @@ Ratio ratio_row(float* z, float* zr, int64_t n, int64_t target) {
   if (pivot >= n || m == kLowest || !(top > kLowest)) {
     out.mass = mass_row(z, n, target);
     out.difference = double(top) - out.mass.lse;
+    // a maximum below kLowest is that of a row of NaN alone
+    if (pivot >= n || top < kLowest) out.difference = out.kl = std::numeric_limits<double>::quiet_NaN();
     return out;
   }
   const float kept = z[pivot], mr = zr[pivot], pivot_d = mr - m;

@@ -277,6 +277,19 @@ def test_leading_dimensions_strides_and_int32_targets_make_no_difference():
     assert torch.equal(flat.entropy, shaped.entropy.reshape(30))
 
 
+@pytest.mark.parametrize("where", ["policy", "reference", "weight"])
+def test_nan_passes_through_no_field(where):
+    torch.manual_seed(0)
+    hidden, ref, weight = torch.randn(3, 16), torch.randn(3, 16), torch.randn(40, 16)
+    {"policy": hidden, "reference": ref, "weight": weight}[where][1, 2] = float("nan")
+    fields = ("kl", "rkl", "js")
+    out = linear_logprob(hidden, weight, torch.tensor([0, 5, 9]), entropy=True, ref_hidden=ref, divergence=fields)
+    expected = [True] * 3 if where == "weight" else [False, True, False]
+    own = () if where == "reference" else ("logprob", "entropy")
+    for field in (*fields, *own):
+        assert getattr(out, field).isnan().tolist() == expected, field
+
+
 def test_masked_tokens_and_nan():
     x, w = torch.randn(3, 16), torch.randn(5000, 16)
     bias = torch.zeros(5000)

@@ -84,8 +84,10 @@ def test_no_rows(shape):
     assert logits.grad.shape == shape
 
 
-def test_nan_stays_in_its_row():
+@pytest.mark.parametrize("best", [1, 20], ids=["target-on-top", "another-on-top"])
+def test_nan_stays_in_its_row(best):
     logits = torch.randn(3, 50)
+    logits[1, best] = 9.0
     logits[1, 7] = float("nan")
     assert logprob(logits, torch.arange(3)).logprob.isnan().tolist() == [False, True, False]
 

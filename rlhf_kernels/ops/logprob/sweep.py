@@ -83,7 +83,7 @@ def js(head: Head, lse: Tensor, ratio: Tensor) -> Tensor:
     two, ratio32 = split(lse), ratio.float()
     for block in head.blocks(True):
         head.passes().head_js(block.z, block.zr, *head.shaping(block), block.raw, two, ratio32, sums)
-    return head.shard.sum(sums)
+    return head.shard.sum(sums).masked_fill(ratio.isnan(), float("nan"))  # the sums leave NaN columns out
 
 
 def coefficients(stats: dict[str, Tensor], grads: dict[str, Tensor]) -> Tensor:
