@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf_kernels.ops.logprob import state as st
 from rlhf_kernels.ops.logprob.head import Head, Pullback
+from rlhf_kernels.ops.logprob.tier import fused
 
 
 def statistics(
@@ -18,9 +19,30 @@ def statistics(
 
     full: entropy or reference fields are asked for (without, the state's log-masses and target suffice).
     keep: [1 or 2, R, V], filled with z (and zr).
+    """
+    total, parts = None, None
+    tier = fused(head) if keep is None else None
+    if tier is not None and (full or not grad):
+        total = tier.states(head, reference, kl, rkl)
+    if tier is not None and grad:
+        parts = tier.exponentials(head)
+    if (total is None and (full or not grad)) or (parts is None and grad):
+        blocks = _blocks(head, reference, kl, rkl, total is None and (full or not grad), parts is None and grad, keep)
+        total = total if total is not None else blocks[0]
+        parts = parts if parts is not None else blocks[1]
+    if parts is None:
+        assert total is not None
+        return head.shard.merge(total, reference), None
+    return _finish(head, reference, total, *parts)
 
-    The vector: E' = e^(z - c) without the target, G = (E' W / S' - W_y) (1 - p_y), all in one pass. c is the first
-    block's maximum; where a later block exceeds it by 60, what was summed is scaled down.
+
+def _blocks(
+    head: Head, reference: bool, kl: bool, rkl: bool, states: bool, grad: bool, keep: Tensor | None
+) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor, Tensor] | None]:
+    """The sweep by blocks: the state, and the parts of the vector (as a tier's `exponentials`).
+
+    E' = e^(z - c) without the target, where c is the first block's maximum; where a later block exceeds it by 60, what
+    was summed is scaled down.
     """
     passes = head.passes()
     total: Tensor | None = None
@@ -28,9 +50,9 @@ def statistics(
     mass = head.new(head.rows, dtype=torch.float64)
     target_z = torch.full_like(mass, float("-inf"))
     pull = Pullback(head) if grad else None
-    for block in head.blocks(reference):
+    for block in head.blocks(reference and (states or keep is not None)):
         raw = block.raw
-        if full or not grad:
+        if states:
             part = head.new(10, head.rows, dtype=torch.float64)
             passes.head_stats(block.z, block.zr, head.target - block.start, *head.shaping(block), raw, kl, rkl, part)
             total = part if total is None else st.merge(total, part, reference)
@@ -46,9 +68,13 @@ def statistics(
             if not first:
                 pull.scale(factor)
             pull.add(block.z, block)
-    if pull is None:
-        assert total is not None
-        return head.shard.merge(total, reference), None
+    return total, None if pull is None else (shift, mass, target_z, pull.finish())
+
+
+def _finish(
+    head: Head, reference: bool, total: Tensor | None, shift: Tensor, mass: Tensor, target_z: Tensor, pulled: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The state of the whole vocabulary and the vector G = (E' W / S' - W_y) (1 - p_y), merged over the shards."""
     own_target = target_z.clone()
     whole_shift = head.shard.max(shift.clone())
     down = (shift - whole_shift).double().exp()
@@ -66,7 +92,7 @@ def statistics(
         t = own_target.clamp(min=-head.softcap * 1e3) * head.temperature / head.softcap
         weight_y.mul_((1 - t.square()).float()[:, None])
     spread = torch.where(whole_mass > 0, down / whole_mass, 0).float()
-    vector = pull.finish().mul_(spread[:, None]).sub_(weight_y)
+    vector = pulled.mul_(spread[:, None]).sub_(weight_y)
     vector.mul_((-miss * head.scale / head.temperature).float()[:, None])
     return total, head.shard.sum(vector)
 
