@@ -2,6 +2,9 @@
 
 Works in float64 when `hidden` is float64 (the oracle of the tests) and in float32 otherwise. The reference's logits are
 constants. Rows with `ignore_index` take part in nothing.
+
+A logit of -inf (a masked token) counts as LOWEST, here and in every kernel (csrc/cpu/logit_row.h: kLowest): it has no
+mass, no difference of two logits is NaN, and a KL that is infinite comes back as a number near 1e30.
 """
 
 import math
@@ -11,6 +14,8 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.ops.logprob.outputs import FIELDS, LinearLogprobOutput, LogprobOutput, sampled_estimator
+
+LOWEST = -1e30
 
 Lora = tuple[Tensor, Tensor, Tensor | int | None, float | Tensor]
 
@@ -36,7 +41,7 @@ def head_logits(
         u = softcap * torch.tanh(u / softcap)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(dtype).reshape(-1, 1)
-    return u / temperature
+    return (u / temperature).clamp(min=LOWEST)
 
 
 def low_rank_logits(hidden: Tensor, lora: Lora) -> Tensor:
@@ -137,7 +142,7 @@ def logprob(
     z = logits.reshape(len(flat), logits.shape[-1])[rows].to(dtype)
     if isinstance(temperature, Tensor):
         temperature = temperature.broadcast_to(target.shape).reshape(-1)[rows].to(dtype)[:, None]
-    fields = distribution_fields(z / temperature, flat[rows], None, ("entropy",) if entropy else ())
+    fields = distribution_fields((z / temperature).clamp(min=LOWEST), flat[rows], None, ("entropy",) if entropy else ())
     out = {
         name: value.new_zeros(len(flat)).index_copy(0, rows, value).reshape(target.shape)
         for name, value in fields.items()
