@@ -95,11 +95,12 @@ def linear_logprob(
         candidates = (weight, bias, *(lora or ())[:2])
         _resolve_save(save, hidden, [x for x in candidates if x is not None and x.requires_grad], ())
         _check_definition_values(target, weight.shape[0], temperature, ignore_index, lora, valid_rows)
-        found = naive.linear_logprob(
-            hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-            ignore_index=ignore_index, entropy=entropy, ref_hidden=ref_hidden, ref_weight=ref_weight,
-            divergence=divergence, lora=lora, grad_fields=carried,
-        )  # fmt: skip
+        with registry.no_autocast(hidden):
+            found = naive.linear_logprob(
+                hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+                ignore_index=ignore_index, entropy=entropy, ref_hidden=ref_hidden, ref_weight=ref_weight,
+                divergence=divergence, lora=lora, grad_fields=carried,
+            )  # fmt: skip
         return LinearLogprobOutput(**{n: f.float() for n, f in zip(FIELDS, found) if f is not None})
 
     rows, width = target.numel(), hidden.shape[-1]
