@@ -151,7 +151,8 @@ def head_js(
     t = (zr - z) - ratio[:, None]
     h = 0.5 * t.double()
     log_cosh = h.abs() + torch.log1p(torch.expm1(-2 * h.abs()) / 2)
-    p, q = log_p.exp(), (log_p + t).exp()
+    ref_lse = (lse[0].double() + lse[1] + ratio)[:, None]  # p e^t would round twice where |t| is large
+    p, q = log_p.exp(), (zr - ref_lse.float() - (ref_lse - ref_lse.float()).float()).exp()
     p_part = torch.where(p == 0, 0, p * (-h - log_cosh))  # a NaN is not 0
     q_part = torch.where(q == 0, 0, q * (h - log_cosh))
     near = p * h.clamp(-1, 1).exp() * (h * h.clamp(-1, 1).sinh() - h.clamp(-1, 1).cosh() * log_cosh)
