@@ -44,8 +44,8 @@ class Case:
     grads: fields that carry gradient; upstream: "signed", or "first zero", "all zero", "first absent".
     """
 
-    def __init__(self, dtype=F32, rows=33, width=67, vocabulary=5003, *, grads=("logprob",), upstream="signed", train=False,
-                 save="auto", bias=False, softcap=None, temperature=1.0, logit_scale=1.0, lora=False,
+    def __init__(self, dtype=F32, rows=33, width=67, vocabulary=5003, *, grads=("logprob",), upstream="signed",
+                 train=False, save="auto", bias=False, softcap=None, temperature=1.0, logit_scale=1.0, lora=False,
                  own_reference=False, noise=0.1, kl=None, p_y=None, sharpness=3.0, ignored=(3,), shift=0.0,
                  rivals=None, seed=0):  # fmt: skip
         with torch.device("cpu"):  # the same numbers on every device
