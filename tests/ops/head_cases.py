@@ -233,6 +233,12 @@ def identify(row: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={show(value) or 'none'}" for name, value in row.items())
 
 
+def available_bytes() -> int:
+    """Memory that can be had without swapping."""
+    with open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
 def logits_head(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """hidden, weight whose logits are the rows of z exactly (one-hot hidden states)."""
     return torch.eye(len(z), device=z.device), z.t().contiguous()
