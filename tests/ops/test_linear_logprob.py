@@ -6,6 +6,8 @@ from head_cases import ALL_DIVERGENCES, BF16, DISTRIBUTION_FIELDS, F16, Case, as
 
 from rlhf_kernels.ops.logprob import linear_logprob, native
 
+pytestmark = pytest.mark.usefixtures("device")
+
 QUICK = {
     "plain": {},
     "bf16": {"dtype": BF16},

@@ -7,6 +7,8 @@ import torch
 
 from rlhf_kernels.ops.logprob import linear_logprob, op
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def op_arguments(save: str, grads: str, train: bool = False) -> tuple:
     hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(20, 8, requires_grad=train)

@@ -3,6 +3,8 @@
 import pytest
 from head_cases import BF16, DISTRIBUTION_FIELDS, EVERY_FIELD, F16, F32, as_exact_as_plain, identify, pairwise
 
+pytestmark = pytest.mark.usefixtures("device")
+
 FACTORS = {
     "width": (63, 96, 97, 130, 1),
     "dtype": (BF16, F32, F16),

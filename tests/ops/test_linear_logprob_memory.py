@@ -12,6 +12,8 @@ from head_cases import ALL_DIVERGENCES, BF16, DISTRIBUTION_FIELDS, F16, Case, av
 
 from rlhf_kernels.ops.logprob import head, linear_logprob
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
@@ -24,6 +26,7 @@ from rlhf_kernels.ops.logprob import head, linear_logprob
         (("logprob", "entropy"), "auto", True, 3),
     ],
 )
+@pytest.mark.host
 def test_number_of_gemms(monkeypatch, grads, save, grad_mode, products):
     """One product for the logits, one a gradient of hidden; none of them for what nobody differentiates."""
     hidden, weight = torch.randn(8, 16, requires_grad=True), torch.randn(40, 16)
@@ -134,6 +137,7 @@ def peak_growth(vocabulary: int, results) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.host
 def test_scratch_memory_is_a_block_not_the_logits():
     context = multiprocessing.get_context("spawn")
     results, vocabulary = context.Queue(), 120_000
@@ -174,6 +178,7 @@ def shard_worker(rank: int, store: str, results) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.host
 def test_a_vocabulary_split_over_two_ranks_gives_the_whole_one():
     context = multiprocessing.get_context("spawn")
     results = context.Queue()

@@ -9,6 +9,8 @@ from head_cases import BF16, F16, F32, NORM_BOUND, available_bytes, drawn, ident
 from rlhf_kernels.ops.logprob import logits as logits_op
 from rlhf_kernels.ops.logprob import logprob, naive
 
+pytestmark = pytest.mark.usefixtures("device")
+
 FIELDS = ("logprob", "lse", "entropy")
 
 
@@ -246,6 +248,7 @@ def test_torch_compile_in_one_graph_with_dynamic_rows(backend):
         ({"logits": torch.zeros(2, 10, dtype=torch.long)}, TypeError, "logits must be"),
     ],
 )
+@pytest.mark.host
 def test_bad_input_is_named(options, error, message):
     with pytest.raises(error, match=message):
         logprob(**{"logits": torch.randn(2, 10), "target": torch.tensor([0, 1]), **options})
