@@ -25,7 +25,9 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, cudaStream_t stre
 #if defined(RLHF_CUDA_ON_HOST)
   cuda_on_host::launch(kernel, dim3(unsigned(blocks)), dim3(threads), 0, args...);
 #else
-  kernel<<<dim3(unsigned(blocks)), threads, 0, stream> > >(P(args)...);
+  // clang-format off
+  kernel<<<dim3(unsigned(blocks)), threads, 0, stream>>>(P(args)...);
+  // clang-format on
 #endif
 }
 

@@ -11,7 +11,7 @@ from rlhf_kernels.ops.logprob.checks import check_target, check_temperature, che
 from rlhf_kernels.ops.logprob.outputs import LogprobOutput
 
 if native.AVAILABLE:
-    registry.serves("logprob", "native", ("cpu",), native.HALF_AND_SINGLE)
+    registry.serves("logprob", "native", native.DEVICES, native.HALF_AND_SINGLE)
 
 
 def logprob(

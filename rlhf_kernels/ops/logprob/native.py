@@ -1,4 +1,5 @@
-"""Binding to csrc/cpu: the row passes of `rows.py` (logprob.cpp) and `logprob` on whole rows (logprob_rows.cpp)."""
+"""Binding to csrc: the row passes of `rows.py` (cpu/logprob.cpp, cuda/head_rows.cu) and `logprob` on whole rows
+(logprob_rows in both places)."""
 
 import torch
 from torch import Tensor
@@ -6,12 +7,18 @@ from torch import Tensor
 from rlhf_kernels.ops import registry
 
 AVAILABLE = registry.native_available()
+# The CUDA part is built only where nvcc and a CUDA build of torch were (setup.py).
+DEVICES = tuple(
+    key.lower()
+    for key in ("CPU", "CUDA")
+    if AVAILABLE and torch._C._dispatch_has_kernel_for_dispatch_key("rlhf_kernels::head_stats", key)
+)
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def row_passes(device: torch.device):
     """The module or namespace that holds head_stats, head_exp, head_js and head_grad for `device`."""
-    if AVAILABLE and device.type == "cpu":
+    if AVAILABLE and device.type in DEVICES:
         return torch.ops.rlhf_kernels
     from rlhf_kernels.ops.logprob import rows
 
