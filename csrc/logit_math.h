@@ -52,12 +52,24 @@ INLINE void add_ratio(float z, float zr, float m, float mr, float pivot_d, float
   r_sum += small ? e + b : far_r;
 }
 
+// The logsumexps of both sides, each as a sum of two (fp32 alone would err by 1e-6 at 20), and their difference.
+struct Normalisers {
+  float lse, lse_low, ref_lse, ref_lse_low, ratio;
+};
+
+INLINE Normalisers normalisers(float lse, float lse_low, float ratio) {
+  const double reference = double(lse) + lse_low + ratio;
+  const float high = float(reference);
+  return {lse, lse_low, high, float(reference - high), ratio};
+}
+
 // Shares of JS(p, q) and of KL(p || (p + q) / 2). With h half the log ratio and a = sqrt(p q), a column's share of JS
-// is a (h sinh h - cosh h log cosh h): nothing cancels.
-INLINE void add_js(float z, float zr, float lse, float lse_low, float ratio, float& js_sum, float& mean_sum) {
-  const float log_p = (z - lse) - lse_low;
-  const float t = (zr - z) - ratio, h = 0.5f * t, x = h * h;
-  const float p = vec::exp(log_p), q = vec::exp(log_p + t);
+// is a (h sinh h - cosh h log cosh h): nothing cancels. The reference's own normaliser gives q: p e^2h would round
+// twice where the two models live on different tokens.
+INLINE void add_js(float z, float zr, const Normalisers& norm, float& js_sum, float& mean_sum) {
+  const float log_p = (z - norm.lse) - norm.lse_low;
+  const float t = (zr - z) - norm.ratio, h = 0.5f * t, x = h * h;
+  const float p = vec::exp(log_p), q = vec::exp((zr - norm.ref_lse) - norm.ref_lse_low);
   float g = -8.28145785e-5f;
   g = g * x + 3.60898125e-4f;
   g = g * x - 1.38821174e-3f;
@@ -73,7 +85,7 @@ INLINE void add_js(float z, float zr, float lse, float lse_low, float ratio, flo
 
 // Gradients of a row's fields with respect to z, the upstream gradients folded into coefficients (see head_grad).
 struct Coefficients {
-  float lse, lse_low;  // the logsumexp as a sum of two: fp32 alone would err by 1e-6 at 20
+  float lse, lse_low;  // the logsumexp as a sum of two
   float ratio, constant, entropy, kl, rkl, js;
 };
 

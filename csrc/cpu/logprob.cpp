@@ -64,11 +64,11 @@ struct JsSums {
   float js, kl_mean;  // shares of JS(p, q) and of KL(p || (p + q) / 2)
 };
 
-CLONES JsSums js_chunk(const float* z, const float* zr, int64_t n, float lse, float lse_low, float ratio) {
+CLONES JsSums js_chunk(const float* z, const float* zr, int64_t n, Normalisers norm) {
   float js_sum = 0, mean_sum = 0;
 #pragma omp simd reduction(+ : js_sum, mean_sum)
   for (int64_t i = 0; i < n; ++i) {
-    add_js(z[i], zr[i], lse, lse_low, ratio, js_sum, mean_sum);
+    add_js(z[i], zr[i], norm, js_sum, mean_sum);
   }
   return {js_sum, mean_sum};
 }
@@ -196,9 +196,9 @@ void head_js(Tensor z, Tensor zr, std::optional<Tensor> bias, Tensor temperature
     to_z(other, i, n);
     clamp_and_max(row, n);
     clamp_and_max(other, n);
+    const Normalisers norm = normalisers(high[i], high[rows + i], data<float>(ratio)[i]);
     for (int64_t j = 0; j < n; j += kChunk) {
-      const JsSums part =
-          js_chunk(row + j, other + j, std::min(kChunk, n - j), high[i], high[rows + i], data<float>(ratio)[i]);
+      const JsSums part = js_chunk(row + j, other + j, std::min(kChunk, n - j), norm);
       data<double>(sums)[i] += part.js;
       data<double>(sums)[rows + i] += part.kl_mean;
     }

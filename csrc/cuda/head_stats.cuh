@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kMostThreads)
   const float* const z_row = z_block + row * n;
   const float* const zr_row = zr_block + row * n;
   const Slice<float> slice(z_row, n);
-  const float high = lse[row], low = lse[rows + row], log_ratio = ratio[row];
+  const Normalisers norm = normalisers(lse[row], lse[rows + row], ratio[row]);
   float part[2] = {};
   for (int tile = 0; tile < slice.tiles; ++tile) {
     Pack<float> z[kHeld], zr[kHeld];
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kMostThreads)
       const int column = slice.column(tile, j);
 #pragma unroll
       for (int k = 0; k < kPack<float>; ++k) {
-        if (slice.inside(column + k)) add_js(z[j].v[k], zr[j].v[k], high, low, log_ratio, part[0], part[1]);
+        if (slice.inside(column + k)) add_js(z[j].v[k], zr[j].v[k], norm, part[0], part[1]);
       }
     }
   }

@@ -124,3 +124,20 @@ def test_torch_compile_in_one_graph():
 def test_bad_input_is_named(options, error, message):
     with pytest.raises(error, match=message):
         logprob(**{"logits": torch.randn(2, 10), "target": torch.tensor([0, 1]), **options})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_every_half_number_is_read_exactly_and_gradients_round_to_nearest(dtype):
+    """A vocabulary of one: lse is the logit itself, and the logit's gradient is lse's upstream gradient."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = every[every.float().abs() < 1e29]
+    target = torch.zeros(len(every), dtype=torch.long)
+    assert torch.equal(logprob(finite[:, None], target[: len(finite)]).lse, finite.float())
+    nan = every[every.isnan()]
+    assert logprob(nan[:, None], target[: len(nan)]).lse.isnan().all()
+    wide = finite.float()
+    between = (wide + wide.roll(1)) / 2  # ties, and with them both sides of each
+    upstream = torch.cat([between, between.nextafter(-between), between.nextafter(between * 2), nan.float()])
+    leaf = torch.zeros(len(upstream), 1, dtype=dtype, requires_grad=True)
+    logprob(leaf, torch.zeros(len(upstream), dtype=torch.long)).lse.backward(upstream)
+    assert torch.equal(leaf.grad[:, 0].nan_to_num(7.0), upstream.to(dtype).nan_to_num(7.0))
