@@ -18,8 +18,7 @@ __global__ void __launch_bounds__(kMostThreads)
   SHARED(ExpScratch, scratch);
   const int64_t row = blockIdx.x;
   float* const memory = block + row * n;
-  const int64_t wide_target = targets[row];
-  const int target = wide_target >= 0 && wide_target < n ? int(wide_target) : -1;
+  const int target = column_in_block(targets[row], n);
   const RowShaping to_z(shaping, row);
   const Slice<float> slice(memory, n);
   const bool held = slice.tiles == 1;
@@ -84,8 +83,7 @@ __global__ void __launch_bounds__(kMostThreads)
   const int64_t row = blockIdx.x;
   float* const memory = z_block + row * n;
   const float* const reference = kReference ? zr_block + row * n : nullptr;
-  const int64_t wide_target = targets[row];
-  const int target = wide_target >= 0 && wide_target < n ? int(wide_target) : -1;
+  const int target = column_in_block(targets[row], n);
   const RowShaping to_z(shaping, row);
   const Slice<float> slice(memory, n);
   const float* const own = coefficients + row;

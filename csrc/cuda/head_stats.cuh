@@ -24,9 +24,9 @@ struct StatsSide {
 };
 
 // The sums of one side to its numbers, as in cpu/ratio_row.h.
-__device__ inline void finish_side(const StatsSide& side, const double* sums, int target, int n, Mass& mass,
+__device__ inline void finish_side(const StatsSide& side, const double* sums, int target, Mass& mass,
                                    Divergence& divergence) {
-  const bool here = target >= 0 && target < n;
+  const bool here = target >= 0;
   const float m = side.top.value;
   if (!side.top.found()) {
     set_nan(mass);
@@ -80,8 +80,7 @@ __global__ void __launch_bounds__(kMostThreads)
   SHARED(StatsScratch<kSides>, scratch);
   const int64_t row = blockIdx.x;
   float* const memory[2] = {z_block + row * n, kSides == 2 ? zr_block + row * n : nullptr};
-  const int64_t wide_target = targets[row];
-  const int target = wide_target >= 0 && wide_target < n ? int(wide_target) : -1;
+  const int target = column_in_block(targets[row], n);
   const RowShaping to_z(shaping, row);
   const Slice<float> slice(memory[0], n);
   const bool held = slice.tiles == 1;
@@ -134,7 +133,7 @@ __global__ void __launch_bounds__(kMostThreads)
   if (target >= 0) side.target_z = scratch.target[s];
   Mass mass;
   Divergence divergence;
-  finish_side(side, totals + 6 * s, target, n, mass, divergence);
+  finish_side(side, totals + 6 * s, target, mass, divergence);
   double* out = state + row;
   const int first = s == 0 ? 0 : 4;
   out[(first + 0) * rows] = mass.lse;

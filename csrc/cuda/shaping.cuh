@@ -4,6 +4,11 @@
 
 namespace cuda_rows {
 
+// A target's column in a block of n, or a column that no group has where it lies in another block.
+__device__ inline int column_in_block(int64_t target, int n) {
+  return target >= 0 && target < n ? int(target) : std::numeric_limits<int>::min();
+}
+
 // How raw logits become z; the raw flag says whether that is still to be done.
 struct Shaping {
   const float* bias;         // [n] or null

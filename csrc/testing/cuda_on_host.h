@@ -6,17 +6,21 @@
 // waits where), shared memory read before it is written (it starts as NaN), and, with -fsanitize=address, accesses
 // outside global or shared arrays. Memory order between threads, and speed, it cannot show.
 #pragma once
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <functional>
 #include <map>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -75,7 +79,9 @@ constexpr uint8_t kPoison = 0xFF;  // as fp32 and fp64 a NaN, as an index -1
 enum class Wait { nothing, block, warp, ended };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // where it begins
+  jmp_buf resting;     // where it waits
+  bool begun = false;
   char* stack = nullptr;
   Wait wait = Wait::ended;
   unsigned mask = 0;   // lanes of the warp operation
@@ -164,25 +170,31 @@ class Block {
     fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, &Block::enter, 0);
-    fiber.wait = Wait::nothing, fiber.where = "its end", fiber.fake_stack = nullptr;
+    fiber.wait = Wait::nothing, fiber.where = "its end", fiber.fake_stack = nullptr, fiber.begun = false;
   }
 
   static void enter();
 
-  void resume(int t) {
+  // Fibers begin by setcontext and go on by longjmp, which, unlike swapcontext, makes no system call. The address
+  // sanitizer follows the former only.
+  __attribute__((noinline)) void resume(int t) {
+    Fiber& fiber = fibers_[t];
     current_ = t;
     threadIdx = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y));
 #if defined(__SANITIZE_ADDRESS__)
     void* own = nullptr;
-    __sanitizer_start_switch_fiber(&own, fibers_[t].stack, kStackBytes);
-    swapcontext(&main_, &fibers_[t].context);
+    __sanitizer_start_switch_fiber(&own, fiber.stack, kStackBytes);
+    swapcontext(&main_, &fiber.context);
     __sanitizer_finish_switch_fiber(own, nullptr, nullptr);
 #else
-    swapcontext(&main_, &fibers_[t].context);
+    if (_setjmp(resting_) != 0) return;
+    if (fiber.begun) _longjmp(fiber.resting, 1);
+    fiber.begun = true;
+    setcontext(&fiber.context);
 #endif
   }
 
-  void pause(Wait why, const char* where) {
+  __attribute__((noinline)) void pause(Wait why, const char* where) {
     Fiber& me = fibers_[current_];
     me.wait = why, me.where = where;
 #if defined(__SANITIZE_ADDRESS__)
@@ -190,7 +202,7 @@ class Block {
     swapcontext(&me.context, &main_);
     __sanitizer_finish_switch_fiber(me.fake_stack, nullptr, nullptr);
 #else
-    swapcontext(&me.context, &main_);
+    if (_setjmp(me.resting) == 0) _longjmp(resting_, 1);
 #endif
   }
 
@@ -263,8 +275,9 @@ class Block {
   std::map<const void*, Memory> shared_;
   Memory dynamic_;
   ucontext_t main_;
-  const void* main_stack_ = nullptr;
-  size_t main_bytes_ = 0;
+  jmp_buf resting_;
+  [[maybe_unused]] const void* main_stack_ = nullptr;
+  [[maybe_unused]] size_t main_bytes_ = 0;
   int threads_ = 0, current_ = 0;
   const std::function<void()>* body_ = nullptr;
   std::exception_ptr failure_;

@@ -1,4 +1,4 @@
-"""The CUDA row kernels as a shared library that runs them on the CPU (csrc/testing), called with CPU tensors.
+"""The CUDA kernels as shared libraries that run them on the CPU (csrc/testing), called with CPU tensors.
 
 `HostPasses` has the ops' own signatures, so it can stand where torch.ops.rlhf_kernels does.
 """
@@ -8,6 +8,7 @@ import functools
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -24,14 +25,18 @@ class KernelError(RuntimeError):
     """What the run on the host found wrong with a kernel."""
 
 
+def compiler_missing() -> bool:
+    return shutil.which(COMPILER) is None
+
+
+@functools.cache
 def compile_library(source: str, *flags: str) -> Path:
-    """csrc/testing/`source` compiled to a shared library in a directory that lives as long as this process."""
-    target = Path(_directory().name) / (Path(source).stem + "".join(flags).replace("/", "_") + ".so")
-    if not target.exists():
-        options = [*FLAGS, *flags, "-I", str(ROOT / "csrc")]
-        command = [COMPILER, *options, str(ROOT / "csrc" / "testing" / source), "-o", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
+    """csrc/testing/`source` as a shared library, in a directory that lives as long as this process."""
+    target = Path(_directory().name) / f"{Path(source).stem}{len(flags)}.so"
+    file = ROOT / "csrc" / "testing" / source
+    command = [COMPILER, *FLAGS, *flags, "-I", str(ROOT / "csrc"), str(file), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
     return target
 
 
@@ -40,15 +45,26 @@ def _directory() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="cuda_on_host_")
 
 
-def compiler_missing() -> bool:
-    return shutil.which(COMPILER) is None
+def run_sanitized(source: str, code: str) -> subprocess.CompletedProcess[str]:
+    """Runs `code` in a fresh Python under the address sanitizer; its `library` is that of `source`, built for it."""
+    library = compile_library(source, "-fsanitize=address", "-shared-libasan" if "clang" in COMPILER else "-g")
+    runtime = subprocess.run([COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": runtime,
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    }
+    paths = (str(Path(__file__).parent), *sys.path)
+    code = f"library = {str(library)!r}\n{code}"
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
 
-class HostPasses:
-    """The row passes of linear_logprob and logprob; `library` is the path of a compiled cuda_rows_on_host.cpp."""
+class Library:
+    """Functions that return null or an error's text; tensors are passed by their address."""
 
-    def __init__(self, library: Path) -> None:
-        self.library = ctypes.CDLL(str(library))
+    def __init__(self, path: Path | str) -> None:
+        self.library = ctypes.CDLL(str(path))
 
     def call(self, name: str, *arguments: object) -> None:
         function = getattr(self.library, name)
@@ -57,12 +73,16 @@ class HostPasses:
         if message is not None:
             raise KernelError(message.decode())
 
+
+class HostPasses(Library):
+    """The row passes of linear_logprob and logprob; the library is that of cuda_rows_on_host.cpp."""
+
     def head_stats(self, z, zr, target, bias, temperature, softcap, scale, raw, kl, rkl, state) -> None:
         self.call("host_head_stats", z, zr, target, bias, temperature, softcap, scale, raw, kl, rkl, state, *z.shape)
 
     def head_exp(self, z, target, bias, temperature, softcap, scale, raw, first, shift, mass, factor, target_z) -> None:
-        self.call("host_head_exp", z, target, bias, temperature, softcap, scale, raw, first, shift, mass, factor,
-                  target_z, *z.shape)  # fmt: skip
+        shaping = (bias, temperature, softcap, scale, raw)
+        self.call("host_head_exp", z, target, *shaping, first, shift, mass, factor, target_z, *z.shape)
 
     def head_js(self, z, zr, bias, temperature, softcap, scale, raw, lse, ratio, sums) -> None:
         self.call("host_head_js", z, zr, bias, temperature, softcap, scale, raw, lse, ratio, sums, *z.shape)
@@ -71,12 +91,13 @@ class HostPasses:
         self.call("host_head_grad", z, zr, target, bias, temperature, softcap, scale, raw, coefficients, *z.shape)
 
     def logprob_rows(self, logits, target, temperature, ignore_index, out) -> None:
-        self.call("host_logprob_rows", TYPES[logits.dtype], logits, logits.stride(0), target, temperature, ignore_index,
-                  out, *logits.shape)  # fmt: skip
+        source = (TYPES[logits.dtype], logits, logits.stride(0))
+        self.call("host_logprob_rows", *source, target, temperature, ignore_index, out, *logits.shape)
 
     def logprob_rows_backward(self, logits, target, temperature, ignore_index, coefficients, out) -> None:
-        self.call("host_logprob_rows_backward", TYPES[logits.dtype], logits, logits.stride(0), target, temperature,
-                  ignore_index, coefficients, out, out.stride(0), *logits.shape)  # fmt: skip
+        source, written = (TYPES[logits.dtype], logits, logits.stride(0)), (out, out.stride(0))
+        rest = (target, temperature, ignore_index, coefficients, *written, *logits.shape)
+        self.call("host_logprob_rows_backward", *source, *rest)
 
 
 def _as_c(value: object) -> object:
