@@ -167,6 +167,23 @@ def test_exponentials_over_two_blocks(passes, shape, options):
     assert (found["cuda"][4] < 1).any() == (shape[1] > 1 and "softcap" not in options)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_exponentials_of_nan_and_masked_rows_are_those_of_the_cpu_ops(passes, first):
+    if not native.AVAILABLE:
+        pytest.skip("the compiled ops are not built")
+    block = Block((6, 261))
+    block.target[:] = torch.tensor([3, 3, 3, -7, 3, 300])
+    block.z[1, 17], block.z[2], block.z[3], block.z[4, 4:] = float("nan"), float("nan"), float("-inf"), float("-inf")
+    found = []
+    for ops in (passes, torch.ops.rlhf_kernels):
+        z, shift, factor = block.copies()[0], torch.ones(6), torch.zeros(6)
+        mass, target_z = torch.full((6,), 0.5, dtype=F64), torch.full((6,), -5.0, dtype=F64)
+        ops.head_exp(z, block.target, *block.shaping, True, first, shift, mass, factor, target_z)
+        found.append((z, shift, mass, factor, target_z))
+    for value, expected in zip(*found):
+        close(value, expected, 2e-6, 1e-9)
+
+
 @pytest.mark.parametrize("options", SHAPINGS.values(), ids=SHAPINGS)
 @pytest.mark.parametrize("shape", [(7, 5), (3, 5003), (2, 9001)], ids=str)
 def test_js_shares(passes, shape, options):
@@ -232,6 +249,40 @@ def test_a_run_repeats_bit_for_bit_and_a_row_does_not_depend_on_the_others(passe
     alone = Block((1, 1237))
     alone.z, alone.zr, alone.target = block.z[4:5], block.zr[4:5], block.target[4:5]
     assert torch.equal(stats(passes, alone, *alone.copies(), True, True)[:, 0], first[:, 4])
+
+
+def test_no_pass_reads_or_writes_outside_its_arrays():
+    code = """
+import torch
+from cuda_host import HostPasses
+passes = HostPasses(library)
+def exact(*shape, dtype=torch.float32, offset=0):  # ends where its memory ends
+    import ctypes
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    count = 1
+    for n in shape:
+        count *= n
+    size = (count + offset) * torch.empty(0, dtype=dtype).element_size()
+    memory = (ctypes.c_char * size).from_address(libc.malloc(ctypes.c_size_t(size)))
+    return torch.frombuffer(memory, dtype=dtype)[offset:].view(shape).fill_(1)
+for rows, n, offset in ((3, 5, 0), (3, 5, 1), (2, 1021, 3), (1, 9001, 1)):
+    z, zr = exact(rows, n, offset=offset), exact(rows, n)
+    target = exact(rows, dtype=torch.long).copy_(torch.tensor([0, n - 1, n + 5])[:rows])
+    shaping = exact(n), exact(rows), 5.0, 1.5
+    passes.head_stats(z, zr, target, *shaping, True, True, True, exact(10, rows, dtype=torch.double))
+    passes.head_js(z, zr, *shaping, True, exact(2, rows), exact(rows), exact(2, rows, dtype=torch.double))
+    passes.head_grad(z, zr, target, *shaping, True, exact(10, rows), None)
+    double = exact(rows, dtype=torch.double), exact(rows), exact(rows, dtype=torch.double)
+    passes.head_exp(z, target, *shaping, True, True, exact(rows), *double)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = exact(rows, n, dtype=dtype, offset=offset)
+        passes.logprob_rows(x, target, exact(rows), -100, exact(5, rows))
+        passes.logprob_rows_backward(x, target, exact(rows), -100, exact(6, rows), exact(rows, n, dtype=dtype))
+print("ended")
+"""
+    done = cuda_host.run_sanitized("cuda_rows_on_host.cpp", code)
+    assert "ended" in done.stdout, done.stderr[-4000:]
 
 
 WHOLE = {
