@@ -30,6 +30,14 @@ def row_passes(device: torch.device) -> Any:
     return rows
 
 
+def has_tiles(x: Tensor) -> bool:
+    """Whether this machine multiplies x, bf16 on the CPU, with fp32 sums: AMX or AVX512-BF16 (see csrc/cpu/bf16_tile.h;
+    RLHF_KERNELS_CPU_ISA=amx|avx512_bf16|portable asks for less, once, before the first use)."""
+    here = AVAILABLE and x.device.type == "cpu" and x.dtype == torch.bfloat16
+    native = here and registry.chosen("head_rows", "cpu", torch.float32) == "native"
+    return native and torch.ops.rlhf_kernels.bf16_isa() > 0
+
+
 def _logits_passes(logits: Tensor) -> Any:
     if registry.choose("logprob", logits) == "triton":
         from rlhf_kernels.ops.logprob import triton_logits
