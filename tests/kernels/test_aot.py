@@ -1,5 +1,5 @@
-"""Every shipped Triton kernel, compiled for every chip without a GPU: no spills, shared memory that fits, and the matrix
-instructions where it multiplies matrices. And the table of them in docs/kernels.md."""
+"""Every shipped Triton kernel, compiled for every chip without a GPU: no spills, shared memory that fits, and the
+matrix instructions where it multiplies matrices. And the table of them in docs/kernels.md."""
 
 import pytest
 
