@@ -116,7 +116,11 @@ INLINE float tanh(float x) {
   p = p * x2 + 1.33314422036e-1f;
   p = p * x2 - 3.33332819422e-1f;
   const float near = x + x * x2 * p;
+#if defined(__CUDA_ARCH__)
+  const float far = 1.0f - __fdividef(2.0f, exp(2.0f * a) + 1.0f);  // its 2 ulp are of at most 0.44
+#else
   const float far = 1.0f - 2.0f / (exp(2.0f * a) + 1.0f);
+#endif
   return a < 0.625f ? near : (x < 0.0f ? -far : far);
 }
 

@@ -12,6 +12,8 @@
 #define DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
 #endif
 
+#include <bit>
+
 #include "logit_math.h"
 
 namespace cuda_rows {
@@ -36,8 +38,10 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, cudaStream_t stre
 template <typename T>
 constexpr int kPack = 16 / sizeof(T);  // columns of a group
 
-constexpr int kHeld = 4;           // groups of a tile that one thread takes: four 16-byte loads in flight
-constexpr int kMostThreads = 512;  // so that a thread may have 128 registers
+constexpr int kHeld = 4;  // groups of a tile that one thread takes: four 16-byte loads in flight
+// Threads of a block: a row of 4,096 fp32 columns is one tile. Each kernel's launch bounds name as many such blocks on
+// a multiprocessor as leave no register spilled.
+constexpr int kMostThreads = 256;
 
 template <typename T>
 struct alignas(16) Pack {
@@ -50,6 +54,30 @@ __device__ inline float widen(__half x) { return __half2float(x); }
 __device__ inline void narrow(float x, float& out) { out = x; }
 __device__ inline void narrow(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
 __device__ inline void narrow(float x, __half& out) { out = __float2half_rn(x); }
+
+// One 16-byte store: of a plain assignment the compiler makes several smaller ones where some elements are conditional.
+__device__ inline void store16(uint4 value, void* p) {
+#if defined(RLHF_CUDA_ON_HOST)
+  *static_cast<uint4*>(p) = value;
+#else
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+#endif
+}
+
+// Division by one number again and again: a product with its inverse, corrected by what that leaves, which rounds as a
+// division does (but for subnormal results) in a third of its instructions.
+struct Divisor {
+  float value, inverse;
+
+  __device__ explicit Divisor(float value) : value(value), inverse(1.0f / value) {}
+
+  __device__ float divide(float x) const {
+    const float q = x * inverse, corrected = fmaf(fmaf(-q, value, x), inverse, q);
+    return corrected == corrected ? corrected : q;  // x or q may be infinite
+  }
+};
 
 // Elements that a row starts behind a 16-byte boundary.
 template <typename T>
@@ -79,7 +107,7 @@ struct Slice {
   // The columns of one group, `outside` beyond the row's ends. Another row than the slice's own may start elsewhere.
   __device__ void load(const T* row, int column, T outside, Pack<T>& out) const {
     if (whole(column) && lead_of(row) == lead) {
-      out = *reinterpret_cast<const Pack<T>*>(row + column);
+      out = std::bit_cast<Pack<T>>(*reinterpret_cast<const uint4*>(row + column));
     } else {
 #pragma unroll
       for (int k = 0; k < kPack<T>; ++k) out.v[k] = inside(column + k) ? row[column + k] : outside;
@@ -88,7 +116,7 @@ struct Slice {
 
   __device__ void store(const Pack<T>& in, int column, T* row) const {
     if (whole(column) && lead_of(row) == lead) {
-      *reinterpret_cast<Pack<T>*>(row + column) = in;
+      store16(std::bit_cast<uint4>(in), row + column);
     } else {
 #pragma unroll
       for (int k = 0; k < kPack<T>; ++k) {

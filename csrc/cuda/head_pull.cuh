@@ -12,7 +12,7 @@ struct ExpScratch {
 
 // A block of logits to e^(z - shift) times the softcap's derivative, the target's column 0; shift [rows] starts as the
 // first block's maximum and rises when a later one exceeds it by 60, which scales mass [rows] (fp64) by factor [rows].
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 3)
     head_exp_kernel(float* block, const int64_t* targets, Shaping shaping, bool first, float* shift, double* mass,
                     float* factor, double* target_z, int n) {
   SHARED(ExpScratch, scratch);
@@ -25,6 +25,8 @@ __global__ void __launch_bounds__(kMostThreads)
   float c = first ? 0 : shift[row];
   Pack<float> z[kHeld];
   Top top[1];
+  bool own_target = false;  // whether it is among this thread's columns
+  float value_there = 0;
   for (int tile = 0; tile < slice.tiles; ++tile) {
     slice.load_tile(memory, tile, kLowest, z);
     to_z.apply(slice, tile, kLowest, z);
@@ -33,15 +35,16 @@ __global__ void __launch_bounds__(kMostThreads)
       const int column = slice.column(tile, j);
 #pragma unroll
       for (int k = 0; k < kPack<float>; ++k) {
-        if (column + k == target) {
-          target_z[row] = z[j].v[k];
-          z[j].v[k] = kLowest;
-        }
+        const bool at_target = column + k == target;
+        own_target |= at_target;
+        value_there = at_target ? z[j].v[k] : value_there;
+        z[j].v[k] = at_target ? kLowest : z[j].v[k];
         if (slice.inside(column + k)) top[0].offer(z[j].v[k], column + k, 0);
       }
     }
     if (!held) slice.store_tile(z, tile, memory);
   }
+  if (own_target) target_z[row] = value_there;
   block_top(top, scratch.top);
   const float highest = top[0].value;
   float grown = 1;
@@ -77,7 +80,7 @@ __global__ void __launch_bounds__(kMostThreads)
 // Logits to the gradient of the raw logits; coefficients [10, rows]: the members of Coefficients in order, then the
 // log-probability's upstream gradient g (which `constant` holds as -g) and g (1 - p_target), added at the target alone.
 template <bool kReference>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, kReference ? 2 : 4)
     head_grad_kernel(float* z_block, const float* zr_block, const int64_t* targets, Shaping shaping,
                      const float* coefficients, int64_t rows, int n) {
   const int64_t row = blockIdx.x;
@@ -89,10 +92,8 @@ __global__ void __launch_bounds__(kMostThreads)
   const float* const own = coefficients + row;
   const Coefficients c{own[0],        own[rows],     own[2 * rows], own[3 * rows],
                        own[4 * rows], own[5 * rows], own[6 * rows], own[7 * rows]};
-  Coefficients at_target = c;
-  at_target.constant += own[8 * rows];
-  const float exact = own[9 * rows];
-  const float factor = shaping.scale / to_z.temperature, untanh = shaping.softcap > 0 ? to_z.untanh() : 0;
+  const float constant_at_target = c.constant + own[8 * rows], exact = own[9 * rows];
+  const float factor = shaping.scale / to_z.temperature.value, untanh = shaping.softcap > 0 ? to_z.untanh() : 0;
   for (int tile = 0; tile < slice.tiles; ++tile) {
     Pack<float> z[kHeld], zr[kHeld];
     slice.load_tile(memory, tile, kLowest, z);
@@ -107,10 +108,11 @@ __global__ void __launch_bounds__(kMostThreads)
 #pragma unroll
       for (int k = 0; k < kPack<float>; ++k) {
         const float v = z[j].v[k], t = v * untanh;
-        float d = kReference ? gradient(v, zr[j].v[k], c) : gradient(v, c);
-        if (column + k == target) {
-          d = (kReference ? gradient(v, zr[j].v[k], at_target) : gradient(v, at_target)) + exact;
-        }
+        const bool at_target = column + k == target;
+        Coefficients here = c;
+        here.constant = at_target ? constant_at_target : c.constant;
+        float d = kReference ? gradient(v, zr[j].v[k], here) : gradient(v, here);
+        d = at_target ? d + exact : d;
         z[j].v[k] = d * (factor * (1.0f - t * t));
       }
     }

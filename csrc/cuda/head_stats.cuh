@@ -1,7 +1,7 @@
 // Row passes of the head over a vocabulary block [rows, n] of fp32 logits: statistics and shares of JS. One block a
 // row; the row is read once and stays in registers between the search for its top token and the sums.
 //
-// The contract is that of cpu/logprob.cpp. Rows that one tile cannot hold (n > 8192) are read a second time.
+// The contract is that of cpu/logprob.cpp. Rows that one tile cannot hold (n > 4096) are read a second time.
 #pragma once
 #include "cuda/shaping.cuh"
 
@@ -54,27 +54,29 @@ template <int kSides>
 __device__ void add_tile(const Slice<float>& slice, int tile, const Pack<float> (&z)[kHeld],
                          const Pack<float> (&other)[kHeld], const Top& top, bool ratio, float* sums) {
   const float pivot_d = top.other - top.value;
+  const auto each = [&](const auto& add) {
 #pragma unroll
-  for (int j = 0; j < kHeld; ++j) {
-    const int column = slice.column(tile, j);
-    if (column >= slice.n) break;
+    for (int j = 0; j < kHeld; ++j) {
+      const int column = slice.column(tile, j);
 #pragma unroll
-    for (int k = 0; k < kPack<float>; ++k) {
-      const bool pivot = column + k == top.column;  // left out: both rows' logits there count as masked
-      const float v = pivot ? kLowest : z[j].v[k];
-      if (kSides == 2 && ratio) {
-        add_ratio(v, pivot ? kLowest : other[j].v[k], top.value, top.other, pivot_d, sums[0], sums[1], sums[2], sums[3],
-                  sums[4], sums[5]);
-      } else {
-        add_mass(v, top.value, sums[0], sums[1]);
+      for (int k = 0; k < kPack<float>; ++k) {
+        const bool pivot = column + k == top.column;  // left out: both rows' logits there count as masked
+        add(pivot ? kLowest : z[j].v[k], pivot ? kLowest : other[j].v[k]);
       }
     }
+  };
+  if (kSides == 2 && ratio) {
+    each([&](float v, float w) {
+      add_ratio(v, w, top.value, top.other, pivot_d, sums[0], sums[1], sums[2], sums[3], sums[4], sums[5]);
+    });
+  } else {
+    each([&](float v, float) { add_mass(v, top.value, sums[0], sums[1]); });
   }
 }
 
 // A block's statistics to state [10, rows] (fp64); z (and zr) become transformed logits where that changes them.
 template <int kSides>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, kSides == 2 ? 2 : 4)
     head_stats_kernel(float* z_block, float* zr_block, const int64_t* targets, Shaping shaping, bool kl, bool rkl,
                       double* state, int64_t rows, int n) {
   SHARED(StatsScratch<kSides>, scratch);
@@ -159,7 +161,7 @@ __global__ void __launch_bounds__(kMostThreads)
 
 // Adds a block's shares of JS and of KL(p || (p + q) / 2) to sums [2, rows] (fp64); lse is a sum of two, [2, rows].
 // z and zr stay as they are.
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 3)
     head_js_kernel(const float* z_block, const float* zr_block, Shaping shaping, const float* lse, const float* ratio,
                    double* sums, int64_t rows, int n) {
   SHARED(SumScratch<2>, scratch);

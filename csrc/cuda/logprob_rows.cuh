@@ -33,13 +33,13 @@ struct LogprobScratch {
 };
 
 template <typename T>
-__device__ inline void widen_tile(const Pack<T> (&in)[kHeld], float temperature, float (&z)[kHeld][kPack<T>]) {
+__device__ inline void widen_tile(const Pack<T> (&in)[kHeld], const Divisor& temperature, float (&z)[kHeld][kPack<T>]) {
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) {
 #pragma unroll
     for (int k = 0; k < kPack<T>; ++k) {
       const float v = widen(in[j].v[k]);
-      z[j][k] = at_least(temperature == 1.0f ? v : v / temperature, kLowest);
+      z[j][k] = at_least(temperature.value == 1.0f ? v : temperature.divide(v), kLowest);
     }
   }
 }
@@ -54,7 +54,7 @@ __device__ inline T zero() {
 // out [5, rows]: logprob, lse, entropy, 1 - p_target, what lse lost by rounding; 0 where the target is ignore_index,
 // NaN in the first and fourth where it is outside the row.
 template <typename T>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, sizeof(T) == 2 ? 3 : 4)
     logprob_rows_kernel(const T* logits, int64_t stride, const int64_t* targets, const float* temperatures,
                         int64_t ignore_index, float* out, int64_t rows, int n) {
   SHARED(LogprobScratch, scratch);
@@ -66,10 +66,10 @@ __global__ void __launch_bounds__(kMostThreads)
     return;
   }
   const T* const memory = logits + row * stride;
-  const float temperature = temperatures[row];
+  const Divisor temperature(temperatures[row]);
   const bool here = target >= 0 && target < n;
   float target_z = 0;
-  if (threadIdx.x == 0 && here) target_z = at_least(widen(memory[target]) / temperature, kLowest);
+  if (threadIdx.x == 0 && here) target_z = at_least(temperature.divide(widen(memory[target])), kLowest);
   const Slice<T> slice(memory, n);
   RunningMass mass;
   for (int tile = 0; tile < slice.tiles; ++tile) {
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kMostThreads)
 // constant, entropy, the log-probability's upstream gradient g (held as -g in constant), g (1 - p_target). A row whose
 // target is outside it becomes NaN.
 template <typename T>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, sizeof(T) == 2 ? 3 : 4)
     logprob_rows_backward_kernel(const T* logits, int64_t stride, const int64_t* targets, const float* temperatures,
                                  int64_t ignore_index, const float* coefficients, T* out, int64_t out_stride,
                                  int64_t rows, int n) {
@@ -135,13 +135,11 @@ __global__ void __launch_bounds__(kMostThreads)
   const bool ignored = target == ignore_index, here = target >= 0 && target < n;
   const T* const memory = logits + row * stride;
   T* const written = out + row * out_stride;
-  const float temperature = temperatures[row], factor = 1.0f / temperature;
+  const Divisor temperature(temperatures[row]);
   const float* const own = coefficients + row;
   const Coefficients c{own[0], own[rows], 0, own[2 * rows], own[3 * rows], 0, 0, 0};
-  Coefficients at_target = c;
-  at_target.constant += own[4 * rows];
-  const float exact = own[5 * rows];
-  const float constant = ignored ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+  const float constant_at_target = c.constant + own[4 * rows], exact = own[5 * rows];
+  const float everywhere = ignored ? 0.0f : std::numeric_limits<float>::quiet_NaN();  // where there is no target
   const Slice<T> slice(memory, n);
   for (int tile = 0; tile < slice.tiles; ++tile) {
     Pack<T> packed[kHeld];
@@ -153,10 +151,13 @@ __global__ void __launch_bounds__(kMostThreads)
       const int column = slice.column(tile, j);
 #pragma unroll
       for (int k = 0; k < kPack<T>; ++k) {
-        float d = constant;
+        float d = everywhere;
         if (!ignored && here) {
-          d = column + k == target ? gradient(z[j][k], at_target) + exact : gradient(z[j][k], c);
-          d *= factor;
+          const bool at_target = column + k == target;
+          Coefficients there = c;
+          there.constant = at_target ? constant_at_target : c.constant;
+          d = gradient(z[j][k], there);
+          d = (at_target ? d + exact : d) * temperature.inverse;
         }
         narrow(d, packed[j].v[k]);
       }

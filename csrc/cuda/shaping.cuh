@@ -20,7 +20,8 @@ struct Shaping {
 // Shaping for one row: z = softcap * tanh(scale * (raw + bias) / softcap) / temperature (softcap 0: none), clamped.
 struct RowShaping {
   const float* bias;
-  float temperature, scale, softcap, inner;
+  Divisor temperature;
+  float scale, softcap, inner;
   bool raw;
 
   __device__ RowShaping(const Shaping& s, int64_t row)
@@ -33,37 +34,38 @@ struct RowShaping {
 
   // Whether z differs from the logits that were read, but for what the clamp does (which every reader repeats).
   __device__ bool changes() const {
-    return raw && (bias != nullptr || softcap > 0 || scale != 1.0f || temperature != 1.0f);
+    return raw && (bias != nullptr || softcap > 0 || scale != 1.0f || temperature.value != 1.0f);
   }
 
-  __device__ float untanh() const { return temperature / softcap; }
+  __device__ float untanh() const { return temperature.value / softcap; }
 
-  __device__ float operator()(float z, float add) const {
+  // One tile of a row's z, in place; columns outside the row become `outside`. The branches stand around the loops, so
+  // that a row jumps over the code it does not need.
+  __device__ void apply(const Slice<float>& slice, int tile, float outside, Pack<float> (&z)[kHeld]) const {
     if (raw) {
-      if (bias != nullptr) z += add;
+      if (bias != nullptr) {
+        Pack<float> add[kHeld];
+        slice.load_tile(bias, tile, 0.0f, add);
+        each(z, [&](float& v, int j, int k) { v += add[j].v[k]; });
+      }
       if (softcap > 0) {
-        z = softcap * vec::tanh(z * inner) / temperature;
+        each(z, [&](float& v, int, int) { v = temperature.divide(softcap * vec::tanh(v * inner)); });
       } else {
-        if (scale != 1.0f) z *= scale;
-        if (temperature != 1.0f) z /= temperature;
+        if (scale != 1.0f) each(z, [&](float& v, int, int) { v *= scale; });
+        if (temperature.value != 1.0f) each(z, [&](float& v, int, int) { v = temperature.divide(v); });
       }
     }
-    return at_least(z, kLowest);
+    each(z,
+         [&](float& v, int j, int k) { v = slice.inside(slice.column(tile, j) + k) ? at_least(v, kLowest) : outside; });
   }
 
-  // One tile of a row's z, in place; columns outside the row become `outside`.
-  __device__ void apply(const Slice<float>& slice, int tile, float outside, Pack<float> (&z)[kHeld]) const {
+ private:
+  template <typename F>
+  __device__ static void each(Pack<float> (&z)[kHeld], const F& f) {
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) {
-      const int column = slice.column(tile, j);
-      Pack<float> add = {};
-      if (raw && bias != nullptr) slice.load(bias, column, 0.0f, add);
-      const bool whole = slice.whole(column);
 #pragma unroll
-      for (int k = 0; k < kPack<float>; ++k) {
-        const float v = (*this)(z[j].v[k], add.v[k]);
-        z[j].v[k] = whole || slice.inside(column + k) ? v : outside;
-      }
+      for (int k = 0; k < kPack<float>; ++k) f(z[j].v[k], j, k);
     }
   }
 };

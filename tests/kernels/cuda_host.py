@@ -47,7 +47,7 @@ def _directory() -> tempfile.TemporaryDirectory:
 
 def run_sanitized(source: str, code: str) -> subprocess.CompletedProcess[str]:
     """Runs `code` in a fresh Python under the address sanitizer; its `library` is that of `source`, built for it."""
-    library = compile_library(source, "-fsanitize=address", "-shared-libasan" if "clang" in COMPILER else "-g")
+    library = compile_library(source, "-fsanitize=address", "-O1")
     runtime = subprocess.run([COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     environment = {
         **os.environ,
