@@ -7,7 +7,7 @@ import cuda_host
 import pytest
 import torch
 
-from rlhf_kernels.ops.logprob import head, native, rows
+from rlhf_kernels.ops.logprob import checks, head, linear_logprob, naive, native, rows
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "ops"))
 from head_cases import BF16, DISTRIBUTION_FIELDS, as_exact_as_plain, logits_head
@@ -301,12 +301,28 @@ def test_linear_logprob_on_the_cuda_row_passes_follows_the_definition(passes, mo
     as_exact_as_plain(**options)
 
 
+@pytest.mark.parametrize("save", ["grad_vector", "recompute"])
+def test_a_target_outside_the_vocabulary_is_nan_in_its_row_alone(passes, monkeypatch, save):
+    monkeypatch.setattr(head, "row_passes", lambda device: passes)
+    monkeypatch.setattr(checks, "checks_values", lambda tensor: False)  # as on a GPU, where the host reads no values
+    hidden, weight = torch.randn(5, 16), torch.randn(60, 16, requires_grad=save == "recompute")
+    target = torch.tensor([3, 60, -1, 59, 10**12])
+    x = hidden.clone().requires_grad_()
+    out = linear_logprob(x, weight, target, entropy=True, grad_fields=("logprob",), save=save)
+    (out.logprob[0] + out.logprob[3]).backward()
+    assert out.logprob.isnan().tolist() == [False, True, True, False, True]
+    assert out.lse.isfinite().all()
+    assert out.entropy.isfinite().all()
+    good = hidden[[0, 3]].double().requires_grad_()
+    naive.linear_logprob(good, weight.detach().double(), target[[0, 3]]).logprob.sum().backward()
+    close(x.grad[[0, 3]], good.grad, 1e-5, 1e-6)
+    assert (x.grad[[1, 2, 4]] == 0).all()
+
+
 @pytest.mark.parametrize("gap", [40.0, 59.0, 61.0, 86.0, 100.0, 300.0])
 @pytest.mark.parametrize("columns", [1, 1000])
 @pytest.mark.parametrize("late", [False, True], ids=["rivals first", "rivals last"])
 def test_rivals_far_above_the_target_do_not_overflow(passes, monkeypatch, gap, columns, late):
-    from rlhf_kernels.ops.logprob import linear_logprob, naive
-
     monkeypatch.setattr(head, "row_passes", lambda device: passes)
     monkeypatch.setattr(head, "BLOCK_COLUMNS", 1024)
     z = torch.randn(1, 2500)
