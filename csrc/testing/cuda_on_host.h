@@ -4,7 +4,8 @@
 //
 // What it finds beside wrong numbers: a barrier or warp operation that some threads never reach (an error that says who
 // waits where), shared memory read before it is written (it starts as NaN), and, with -fsanitize=address, accesses
-// outside global or shared arrays. Memory order between threads, and speed, it cannot show.
+// outside global or shared arrays. A missing barrier shows when threads run in the other order (Block::backwards).
+// Memory order beyond that, and speed, it cannot show.
 #pragma once
 #include <setjmp.h>
 #include <sys/mman.h>
@@ -110,7 +111,8 @@ class Block {
     int alive = threads;
     while (alive > 0) {
       bool moved = false;
-      for (int t = 0; t < threads; ++t) {
+      for (int k = 0; k < threads; ++k) {
+        const int t = backwards ? threads - 1 - k : k;
         if (fibers_[t].wait != Wait::nothing) continue;
         moved = true;
         resume(t);
@@ -134,6 +136,9 @@ class Block {
     if (votes != nullptr) *votes = me.mask;
     return me.value;
   }
+
+  // Runs the last thread first: results that differ then depend on an order that a barrier should have fixed.
+  bool backwards = false;
 
   int lane() const { return current_ % warpSize; }
   void* dynamic() { return dynamic_.get(); }

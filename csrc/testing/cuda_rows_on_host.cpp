@@ -31,6 +31,10 @@ using cuda_rows::Shaping;
 
 extern "C" {
 
+const char* run_backwards(bool backwards) {
+  return guarded([&] { cuda_on_host::block.backwards = backwards; });
+}
+
 const char* host_head_stats(float* z, float* zr, const int64_t* target, const float* bias, const float* temperature,
                             float softcap, float scale, bool raw, bool kl, bool rkl, double* state, int64_t rows,
                             int64_t n) {

@@ -65,6 +65,12 @@ __global__ void unwritten(double* out) {
   out[blockIdx.x] = value;
 }
 
+__global__ void without_a_barrier(int* out) {
+  SHARED(Values, held);
+  held.v[threadIdx.x] = int(threadIdx.x);
+  out[threadIdx.x] = held.v[(threadIdx.x + 63) % 64];  // the neighbour before, who has written only if it ran before
+}
+
 __global__ void past_the_end(const float* in, float* out, int n) { out[0] = in[n]; }
 
 __global__ void past_shared(int* out) {
@@ -111,6 +117,12 @@ const char* run_lanes_that_never_come(int* out) {
 }
 const char* run_unwritten(double* out) {
   return guarded([&] { launch(unwritten, 2, 1, 0, out); });
+}
+const char* run_without_a_barrier(int* out) {
+  return guarded([&] { launch(without_a_barrier, 1, 64, 0, out); });
+}
+const char* run_backwards(bool backwards) {
+  return guarded([&] { cuda_on_host::block.backwards = backwards; });
 }
 const char* run_past_the_end(const float* in, float* out, int64_t n) {
   return guarded([&] { launch(past_the_end, 1, 1, 0, in, out, int(n)); });

@@ -242,6 +242,37 @@ def test_no_rows_are_no_launch(passes):
     passes.head_stats(empty, None, none, *block.shaping, True, False, False, state)
 
 
+def every_pass(passes, block):
+    """What each pass writes, from the same inputs."""
+    count = len(block.target)
+    z, zr = block.copies()
+    found = [stats(passes, block, z, zr, True, True), z, zr]
+    z, zr = block.copies()
+    sums, two = torch.zeros(2, count, dtype=F64), torch.stack((z.logsumexp(1), torch.zeros(count)))
+    passes.head_js(z, zr, *block.shaping, True, two, torch.zeros(count), sums)
+    z, zr = block.copies()
+    passes.head_grad(z, zr, block.target, *block.shaping, True, torch.ones(10, count), None)
+    found += [sums, z]
+    z, shift, factor = block.copies()[0], torch.zeros(count), torch.zeros(count)
+    mass, target_z = torch.zeros(count, dtype=F64), torch.zeros(count, dtype=F64)
+    passes.head_exp(z, block.target, *block.shaping, True, True, shift, mass, factor, target_z)
+    found += [z, shift, mass, factor, target_z]
+    out, grad = torch.zeros(5, count), torch.zeros(block.z.shape)
+    passes.logprob_rows(block.z, block.target, block.temperature, -100, out)
+    passes.logprob_rows_backward(block.z, block.target, block.temperature, -100, torch.ones(6, count), grad)
+    return [*found, out, grad]
+
+
+@pytest.mark.parametrize("shape", [(3, 123), (2, 1240), (2, 5003)], ids=str)
+def test_no_result_depends_on_the_order_in_which_threads_run(passes, shape):
+    block = Block(shape, softcap=9.0, temperature="per row")
+    forwards = every_pass(passes, block)
+    with passes.backwards():
+        backwards = every_pass(passes, block)
+    for one, other in zip(forwards, backwards):
+        assert torch.equal(one.nan_to_num(1e9), other.nan_to_num(1e9))
+
+
 def test_a_run_repeats_bit_for_bit_and_a_row_does_not_depend_on_the_others(passes):
     block = Block((6, 1240))  # a width of whole groups: elsewhere a row's place decides how its columns are grouped
     first, second = (stats(passes, block, *block.copies(), True, True) for _ in range(2))

@@ -60,6 +60,14 @@ def test_shared_memory_starts_as_nan_in_every_block(examples):
     assert out[1].isnan()
 
 
+def test_a_missing_barrier_shows_when_threads_run_in_the_other_order(examples):
+    forwards, backwards = torch.zeros(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    examples.call("run_without_a_barrier", forwards)
+    with examples.backwards():
+        examples.call("run_without_a_barrier", backwards)
+    assert not torch.equal(forwards, backwards)
+
+
 def test_a_launch_that_cuda_refuses_is_an_error(examples):
     with pytest.raises(cuda_host.KernelError, match="2048 threads"):
         examples.call("run_too_many_threads", torch.zeros(1, dtype=torch.int32))
