@@ -71,6 +71,10 @@ __global__ void without_a_barrier(int* out) {
   out[threadIdx.x] = held.v[(threadIdx.x + 63) % 64];  // the neighbour before, who has written only if it ran before
 }
 
+__global__ void off_its_boundary(float4* out) {
+  out[0] = *reinterpret_cast<const float4*>(reinterpret_cast<const float*>(out) + 5);
+}
+
 __global__ void past_the_end(const float* in, float* out, int n) { out[0] = in[n]; }
 
 __global__ void past_shared(int* out) {
@@ -123,6 +127,9 @@ const char* run_without_a_barrier(int* out) {
 }
 const char* run_backwards(bool backwards) {
   return guarded([&] { cuda_on_host::block.backwards = backwards; });
+}
+const char* run_off_its_boundary(float4* out) {
+  return guarded([&] { launch(off_its_boundary, 1, 1, 0, out); });
 }
 const char* run_past_the_end(const float* in, float* out, int64_t n) {
   return guarded([&] { launch(past_the_end, 1, 1, 0, in, out, int(n)); });

@@ -48,8 +48,9 @@ def _directory() -> tempfile.TemporaryDirectory:
 
 
 def run_sanitized(source: str, code: str) -> subprocess.CompletedProcess[str]:
-    """Runs `code` in a fresh Python under the address sanitizer; its `library` is that of `source`, built for it."""
-    library = compile_library(source, "-fsanitize=address", "-O1")
+    """Runs `code` in a fresh Python under the sanitizers of addresses and alignment; its `library` is that of `source`,
+    built for them."""
+    library = compile_library(source, "-O1", "-fsanitize=address,alignment", "-fno-sanitize-recover=alignment")
     runtime = subprocess.run([COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     environment = {
         **os.environ,
