@@ -144,3 +144,25 @@ def test_a_run_repeats_bit_for_bit_and_a_row_does_not_depend_on_the_others(passe
 
 def test_no_rows_are_no_launch(passes):
     assert fields(passes, torch.empty(0, 9), torch.empty(0, dtype=torch.long)).shape == (5, 0)
+
+
+def test_rows_that_lie_further_apart_than_32_bits_count(passes):
+    stride = 2**31 + 8
+    memory = torch.empty(stride + 1000, dtype=BF16)  # only the pages that are touched take memory
+    logits, rows = memory.as_strided((2, 1000), (stride, 1)), torch.randn(2, 1000).to(BF16)
+    logits.copy_(rows)
+    target = torch.tensor([3, 999])
+    assert torch.equal(fields(passes, logits, target), fields(passes, rows, target))
+    coefficients, expected = torch.ones(6, 2), torch.empty(2, 1000, dtype=BF16)
+    passes.logprob_rows_backward(rows, target, torch.ones(2), -100, coefficients, expected)
+    passes.logprob_rows_backward(logits, target, torch.ones(2), -100, coefficients, logits)
+    assert torch.equal(logits, expected)
+
+
+@pytest.mark.slow
+def test_more_rows_than_a_grid_has_in_its_other_dimensions(passes):
+    logits, target = torch.randn(66000, 3), torch.randint(3, (66000,))
+    out = fields(passes, logits, target)
+    torch.testing.assert_close(
+        out[0], logits.log_softmax(1).gather(1, target[:, None]).squeeze(1), rtol=2e-6, atol=1e-6
+    )
