@@ -3,7 +3,7 @@ matrix instructions where it multiplies matrices. And the table of them in docs/
 
 import pytest
 
-from benchmarks.kernels import triton_aot
+from benchmarks.kernels import table, triton_aot
 from rlhf_kernels.ops import shipped
 
 KERNELS = [(arch, kernel) for arch in shipped.ARCHES for kernel in shipped.everything(arch)]
@@ -17,3 +17,11 @@ def test_a_shipped_kernel_compiles_without_spills_within_the_chip(arch, kernel):
     assert made.registers <= (512 if arch.startswith("gfx") else 255), made
     if kernel.gemm:
         assert made.matrix == {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}[arch], made
+
+
+def test_the_documented_table_has_every_shipped_kernel_on_every_chip():
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.documented().splitlines()]
+    chips = lines[0][1:]
+    there = {(line[0], chip) for line in lines[2:] for chip, cell in zip(chips, line[1:]) if cell}
+    missing = {(kernel.name, arch) for arch, kernel in KERNELS} - there
+    assert not missing, f"run `python -m benchmarks.kernels --write`: {sorted(missing)}"
