@@ -14,12 +14,12 @@ from pathlib import Path
 from benchmarks.kernels.row import Row
 
 CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-ARCHES = ("sm_80", "sm_90a")
+ARCHES = {"sm_80": "sm_80", "sm_90": "sm_90a"}  # a chip's name in the table, and nvcc's
 THREADS = 256  # of a block at most: csrc/cuda/common.cuh, kMostThreads
 FLAGS = (
     "-O3",
     "-std=c++20",
-    *(f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in ARCHES),
+    *(f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}" for arch in ARCHES.values()),
     "--expt-relaxed-constexpr",
     "-Xptxas=-v",
     "-Werror=all-warnings",
@@ -68,7 +68,7 @@ def kernels(source: Path) -> list[Row]:
     for found in re.finditer(pattern, compiled(source)[0], flags=re.DOTALL):
         spilled = int(found["stack"]) + int(found["stores"]) + int(found["loads"])
         name, shared = readable(found["name"]), int(found["shared"] or 0)
-        rows.append(Row(name, found["arch"], THREADS, int(found["registers"]), shared, spilled))
+        rows.append(Row(name, found["arch"].removesuffix("a"), THREADS, int(found["registers"]), shared, spilled))
     return rows
 
 
@@ -76,7 +76,7 @@ def instructions(source: Path) -> dict[tuple[str, str], str]:
     """(kernel, chip) -> its machine code."""
     parts = {}
     for block in re.split(r"\n\tcode for (?=sm_)", compiled(source)[1])[1:]:
-        arch = block[: block.index("\n")].strip()
+        arch = block[: block.index("\n")].strip().removesuffix("a")
         for function in block.split("Function : ")[1:]:
             mangled, _, code = function.partition("\n")
             parts[readable(mangled.strip()), arch] = code

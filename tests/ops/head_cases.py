@@ -2,7 +2,8 @@
 
 The rule: against float64, at most 2x (values) or 3x (gradients) the error of the plain PyTorch formula on the same
 input, or 2e-7 (1 + |value|); and ||out - ref|| / ||ref|| below a bound a dtype, unless the plain formula misses it too.
-With few rows the plain formula's largest error is a small sample, so several seeds are pooled to 64 rows.
+With few rows the plain formula's largest error is a small sample, so several seeds are pooled to 64 rows (16 where the
+vocabulary is large).
 """
 
 import itertools
@@ -149,7 +150,8 @@ def with_target_probability(hidden, weight, target, p: float):
 def as_exact_as_plain(**options: Any) -> None:
     """Asserts the error rule for linear_logprob on Case(**options), pooled over seeds where there are few rows."""
     rows, first = options.get("rows", 33), options.get("seed", 0)
-    seeds = range(first, first + (1 if rows == 0 else max(1, -(-POOLED_ROWS // rows))))
+    pooled_rows = POOLED_ROWS if options.get("vocabulary", 0) <= 5003 else POOLED_ROWS // 4
+    seeds = range(first, first + (1 if rows == 0 else max(1, -(-pooled_rows // rows))))
     pooled: dict[str, list[tuple[torch.Tensor, ...]]] = {}
     gradients: dict[str, list[torch.Tensor]] = {}
     for seed in seeds:
@@ -168,8 +170,9 @@ def as_exact_as_plain(**options: Any) -> None:
         assert grads.keys() == exact_grads.keys()
         for name, truth in exact_grads.items():
             assert grads[name].isfinite().all(), name
-            norms = [x.norm() for x in (grads[name].double() - truth, plain_grads[name].double() - truth, truth)]
-            gradients.setdefault(name, []).append(torch.stack(norms))
+            error, allowed = (grads[name].double() - truth).abs(), plain_grads[name].double() - truth
+            error = torch.where(error <= 2e-7 * (1 + truth.abs()), 0, error)
+            gradients.setdefault(name, []).append(torch.stack([x.norm() for x in (error, allowed, truth)]))
     bound = NORM_BOUND[options.get("dtype", F32)]
     for name, parts in pooled.items() if rows else ():
         error, allowed, truth, floor = (torch.cat(x) for x in zip(*parts))
@@ -231,6 +234,12 @@ def identify(row: Mapping[str, Any]) -> str:
     """A readable test id of a row."""
     show = lambda v: str(v).removeprefix("torch.") if not isinstance(v, tuple) else "+".join(map(str, v))  # noqa: E731
     return " ".join(f"{name}={show(value) or 'none'}" for name, value in row.items())
+
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping."""
+    with open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 def logits_head(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

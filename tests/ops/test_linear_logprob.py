@@ -6,6 +6,8 @@ from head_cases import ALL_DIVERGENCES, BF16, DISTRIBUTION_FIELDS, F16, Case, as
 
 from rlhf_kernels.ops.logprob import linear_logprob, native
 
+pytestmark = pytest.mark.usefixtures("device")
+
 QUICK = {
     "plain": {},
     "bf16": {"dtype": BF16},
@@ -110,7 +112,18 @@ def test_autocast_changes_nothing():
     lora = (torch.randn(3, 16), torch.randn(50, 3), None, 0.5)
     found = []
     for enabled in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=enabled):
             out = linear_logprob(hidden, weight, torch.arange(6), lora=lora, entropy=True, grad_fields=None)
-            found.append((out.logprob, *torch.autograd.grad((out.logprob + out.entropy).sum(), (hidden, weight))))
+        found.append((out.logprob, *torch.autograd.grad((out.logprob + out.entropy).sum(), (hidden, weight))))
+    assert all(torch.equal(plain, cast) for plain, cast in zip(*found))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_autocast_does_not_reach_into_a_backward_under_it():
+    hidden, weight = torch.randn(6, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=enabled):
+            out = linear_logprob(hidden, weight, torch.arange(6))
+            found.append(torch.autograd.grad(out.logprob.sum(), (hidden, weight)))
     assert all(torch.equal(plain, cast) for plain, cast in zip(*found))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_kernels.ops.logprob import linear_logprob, naive, native
 
-pytestmark = pytest.mark.usefixtures("kernels")
+pytestmark = pytest.mark.usefixtures("kernels", "device")
 
 
 @pytest.fixture(params=["compiled", "pytorch"])

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from rlhf_kernels.ops.logprob import linear_logprob, naive
 
+pytestmark = pytest.mark.usefixtures("device")
+
 LEAVES = ("hidden", "weight", "bias", "lora_a", "lora_b")
 SHAPES = {"hidden": (4, 3), "weight": (6, 3), "bias": (6,), "lora_a": (2, 2, 3), "lora_b": (2, 6, 2)}
 

@@ -3,6 +3,8 @@
 import pytest
 from head_cases import BF16, DISTRIBUTION_FIELDS, EVERY_FIELD, F16, F32, as_exact_as_plain, identify, pairwise
 
+pytestmark = pytest.mark.usefixtures("device")
+
 FACTORS = {
     "width": (63, 96, 97, 130, 1),
     "dtype": (BF16, F32, F16),
@@ -33,6 +35,7 @@ def possible(row: dict) -> bool:
         or (row["width"] == 1 and (row["p_y"] is not None or row["kl"] > 1))
         or (row["upstream"] != "signed" and len(row["grads"]) == 1)
         or (row["rows"] == 1 and row["ignored"])
+        or (row["dtype"] == F16 and "k3" in row["grads"] and (row["kl"] > 0.1 or row["lora"]))  # e^-k1 overflows fp16
     )
 
 

@@ -17,7 +17,7 @@ def warps_of(block: int, values: int) -> int:
     More values a thread make fewer reductions between warps; too many spill. The counts at the kernels are the largest
     that spill on none of the shipped chips (an AMD warp has 64 threads: half as many values).
     """
-    return max(1, min(16, block // (32 * values)))
+    return max(4, min(16, block // (32 * values)))
 
 
 def device_of(x: Tensor) -> AbstractContextManager:

@@ -16,7 +16,7 @@ from rlhf_kernels.ops.logprob.triton_launch import block_of, device_of, warps_of
 from rlhf_kernels.ops.logprob.triton_math import FLOOR, LOWEST, exp, log1p_wide
 from rlhf_kernels.ops.shipped import Shipped
 
-FORWARD, BACKWARD = (4096, 8), (2048, 16)  # columns of a tile, and how many of them a thread takes
+FORWARD, BACKWARD = (2048, 8), (2048, 16)  # columns of a tile, and how many of them a thread takes
 
 
 @triton.jit
