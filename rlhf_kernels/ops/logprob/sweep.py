@@ -135,6 +135,8 @@ def pull(
 
     need: "hidden", "weight" [V, H], "bias" [V], "lora_a" [n, r, H], "lora_b" [n, V, r] (absent: not wanted).
     """
+    if head.rows == 0:
+        return head.new(0, head.x.shape[1]) if "hidden" in need else None
     ratio_fields = bool({"kl", "rkl", "js"} & grads.keys())
     folded = coefficients(stats, grads)
     back = Pullback(head) if "hidden" in need or "lora_a" in need else None
