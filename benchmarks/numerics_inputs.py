@@ -48,23 +48,27 @@ def by_gap(weight: Tensor, per_value: int) -> Rows:
 
 
 def by_divergence(weight: Tensor, per_value: int) -> Rows:
-    """Rows whose exact KL to the reference is about `KL`: a few entries moved by one bf16 step, or all by noise."""
-    n, width = len(KL) * per_value, weight.shape[1]
+    """Rows whose exact KL to the reference is about `KL`.
+
+    KL is half the variance of the logits' difference. Small ones come from moving a few entries by one bf16 step, which
+    is as little as bf16 inputs can differ by; large ones from noise on all entries.
+    """
+    width = weight.shape[1]
     label = torch.arange(len(KL)).repeat_interleave(per_value)
-    hidden = torch.randn(n, width).bfloat16()
+    hidden = torch.randn(len(label), width).bfloat16()
     ref_hidden = hidden.clone()
-    for row in range(n):
-        wanted = 2 * KL[int(label[row])]  # of the logit difference's variance
-        entry_variance = LOGIT_STD**2 / width  # a unit step of one entry moves a logit by this variance
-        ulp = 2.0**-7 * 2.0 ** hidden[row].float().abs().clamp(min=1e-3).log2().floor()  # one bf16 step of each entry
-        steps = int(round(wanted / float(ulp.square().mean()) / entry_variance))
-        if steps < width // 2:
-            moved = torch.randperm(width)[: max(steps, 1)]
-            ref_hidden[row, moved] = (hidden[row, moved].float() + ulp[moved]).bfloat16()
+    per_unit = LOGIT_STD**2 / width / 2  # KL from one entry that differs by 1
+    step = 2.0**-8  # between neighbouring bf16 numbers in [0.5, 1)
+    for row, wanted in enumerate(KL[i] for i in label.tolist()):
+        movable = ((hidden[row].abs() >= 0.5) & (hidden[row].abs() < 1)).nonzero().squeeze(1)
+        steps = max(1, round(wanted / per_unit / step**2))
+        if steps <= len(movable):
+            moved = movable[torch.randperm(len(movable))[:steps]]
+            ref_hidden[row, moved] += step
         else:
-            noise = math.sqrt(wanted / entry_variance / width) * torch.randn(width)
+            noise = math.sqrt(wanted / per_unit / width) * torch.randn(width)
             ref_hidden[row] = (hidden[row].float() + noise).bfloat16()
-    return Rows(hidden, torch.randint(len(weight), (n,)), label, ref_hidden)
+    return Rows(hidden, torch.randint(len(weight), (len(label),)), label, ref_hidden)
 
 
 def _aimed(weight: Tensor, aims: Tensor, per_value: int, aim_at_target: bool) -> Rows:
