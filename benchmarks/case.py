@@ -20,9 +20,12 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Target:
-    """A promise about ours: `at_least` times better than `over`, or `at_most` that multiple of what `over` takes."""
+    """A promise about ours: `at_least` times better than `over`, or `at_most` that multiple of what `over` takes.
 
-    over: str
+    With `over` empty `at_most` is absolute, in seconds or bytes.
+    """
+
+    over: str = ""
     quantity: Literal["time", "memory"] = "time"
     at_least: float | None = None
     at_most: float | None = None
@@ -36,6 +39,9 @@ class Target:
         return ratio >= self.at_least if self.at_least is not None else ratio <= (self.at_most or 0.0)
 
     def bound(self) -> str:
+        if not self.over:
+            limit = self.at_most or 0.0
+            return f"<= {1e3 * limit:g} ms" if self.quantity == "time" else f"<= {limit / 2**20:.0f} MiB"
         return f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
 
 
@@ -45,7 +51,8 @@ class Case:
 
     `build(tiny)` makes the inputs and returns the contestants by name; with `tiny` the same work on a shape of a few
     rows, which warms the libraries up before memory is measured. `base` is the contestant that speeds refer to.
-    `memory` False leaves the case out of `--memory`.
+    `memory` False leaves the case out of `--memory`. `budget_s` is how long one contestant's timed runs may take in
+    all: a slow one gets fewer rounds, at least one.
     """
 
     name: str
@@ -53,6 +60,7 @@ class Case:
     base: str
     targets: tuple[Target, ...] = ()
     memory: bool = True
+    budget_s: float = 20.0
 
 
 def ready(run: Run) -> Prepare:

@@ -12,20 +12,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from benchmarks.case import OURS, Case, Prepare, Run, Target, Unavailable
+from benchmarks.case import Case, Prepare, Run, Target, Unavailable
 from benchmarks.peers import HEADS, Head
 
-Work = Literal["score", "frozen", "trained", "kl"]
+Work = Literal["score", "entropy", "frozen", "trained", "kl"]
 
 GEMMS = "GEMMs alone"
 NAMES: dict[Work, str] = {
     "score": "logprob, forward only",
+    "entropy": "logprob and entropy, forward only",
     "frozen": "logprob, forward + backward, frozen head",
     "trained": "logprob, forward + backward, trained head",
     "kl": "logprob, entropy and exact KL to a reference, forward only",
 }
 TINY_ROWS, TINY_WIDTH, TINY_VOCAB = 8, 64, 1000
 GPU_ROWS = 8192
+BUDGET_S, TARGET_BUDGET_S = 6.0, 20.0  # of one contestant's timed runs in a case
 FILL_ROWS = 8192  # of the weight, drawn at a time
 
 
@@ -52,6 +54,15 @@ FROZEN_TARGETS = (
     Target(GEMMS, at_most=1.05),
     Target("eager", "memory", at_least=20),
 )
+GPU_TARGETS: dict[Work, tuple[Target, ...]] = {  # of one H200, 8,192 rows of the 8B head
+    "entropy": (Target(at_most=14e-3),),
+    "frozen": (
+        Target(at_most=27e-3),
+        Target("Liger scaled CE", at_least=1.5),
+        Target(quantity="memory", at_most=0.45e9),
+    ),
+    "kl": (Target(at_most=28e-3), Target(quantity="memory", at_most=0.7e9)),
+}
 KL_TARGETS = (Target("eager", at_least=3), Target("eager", "memory", at_least=10))
 
 
@@ -80,18 +91,28 @@ def make_inputs(shape: Shape, device: str, trained: bool) -> Inputs:
 
 
 def cases(device: str = "cpu") -> Iterator[Case]:
+    """Memory is measured where it differs in kind: every work on the smallest head, the frozen one on all."""
+    return _gpu_cases() if device == "cuda" else _cpu_cases()
+
+
+def _cpu_cases() -> Iterator[Case]:
+    yield _case("frozen", MODELS[0], "cpu", FROZEN_TARGETS)
+    yield _case("kl", KL[0], "cpu", KL_TARGETS)
     for model in MODELS:
-        shape = replace(model, rows=GPU_ROWS) if device == "cuda" else model
-        for work in ("score", "frozen", "trained"):
-            first = model is MODELS[0]
-            targets = FROZEN_TARGETS if device == "cpu" and first and work == "frozen" else ()
-            yield _case(work, shape, device, targets, memory=device == "cuda" or first or work == "frozen")
-    yield _case("frozen", SMALL, device)
-    for shape in KL:
-        yield _case("kl", replace(shape, rows=GPU_ROWS) if device == "cuda" else shape, device,
-                    KL_TARGETS if device == "cpu" and shape is KL[0] else ())  # fmt: skip
-    if device == "cuda":
-        yield _case("kl", replace(MODELS[2], rows=GPU_ROWS), device)
+        yield _case("score", model, "cpu", memory=False)
+        if model is not MODELS[0]:
+            yield _case("frozen", model, "cpu")
+        yield _case("trained", model, "cpu", memory=model is MODELS[0])
+    yield _case("kl", KL[1], "cpu", memory=False)
+    yield _case("frozen", SMALL, "cpu", memory=False)
+
+
+def _gpu_cases() -> Iterator[Case]:
+    works: tuple[Work, ...] = ("score", "entropy", "frozen", "trained", "kl")
+    for model in MODELS:
+        for work in works:
+            targets = GPU_TARGETS.get(work, ()) if model.model == "8B" else ()
+            yield _case(work, replace(model, rows=GPU_ROWS), "cuda", targets)
 
 
 def _case(work: Work, shape: Shape, device: str, targets: tuple[Target, ...] = (), memory: bool = True) -> Case:
@@ -102,7 +123,8 @@ def _case(work: Work, shape: Shape, device: str, targets: tuple[Target, ...] = (
         found[GEMMS] = lambda: gemms_alone(work, inputs)
         return found
 
-    return Case(f"{NAMES[work]}: {shape.text()}", build, "eager", targets, memory)
+    budget = TARGET_BUDGET_S if targets else BUDGET_S
+    return Case(f"{NAMES[work]}: {shape.text()}", build, "eager", targets, memory, budget)
 
 
 def _contestant(load: Callable[[str], Head], work: Work, inputs: Inputs, device: str) -> Prepare:
@@ -110,6 +132,8 @@ def _contestant(load: Callable[[str], Head], work: Work, inputs: Inputs, device:
         head = load(device)
         if work == "kl" and head.divergence is None:
             raise Unavailable("no exact KL a token")
+        if work == "entropy" and head.entropy is None:
+            raise Unavailable("no entropy")
         if work == "trained" and head.frozen_only:
             raise Unavailable("frozen head only")
         return contestant(head, work, inputs)
@@ -130,13 +154,19 @@ def contestant(head: Head, work: Work, inputs: Inputs) -> Run:
         with torch.no_grad():
             return head.divergence(hidden, inputs.ref_hidden, weight, target)
 
+    def entropy() -> object:
+        assert head.entropy is not None
+        with torch.no_grad():
+            return head.entropy(hidden, weight, target)
+
     def both_ways() -> object:
         logprob = head.logprob(hidden, weight, target)
         wanted = [hidden, weight] if work == "trained" else [hidden]
         upstream = None if head.summed else inputs.upstream.to(logprob.dtype)
         return logprob.detach(), torch.autograd.grad(logprob, wanted, upstream)
 
-    return {"score": score, "kl": divergence, "frozen": both_ways, "trained": both_ways}[work]
+    forward_only = {"score": score, "entropy": entropy, "kl": divergence}
+    return forward_only.get(work, both_ways)
 
 
 def gemms_alone(work: Work, inputs: Inputs) -> Run:
@@ -161,6 +191,3 @@ def gemms_alone(work: Work, inputs: Inputs) -> Run:
             torch.mm(buffers[0].t(), hidden, out=buffers[2])
 
     return run
-
-
-__all__ = ["GEMMS", "OURS", "Shape", "cases", "contestant", "gemms_alone", "make_inputs"]

@@ -109,7 +109,7 @@ def _entropy(weight: Tensor, rows: Rows, heads: dict[str, Head]) -> Section:
         section.errors[name] = None
         if head.entropy is not None:
             with torch.no_grad():
-                got = head.entropy(rows.hidden, weight, rows.target)
+                got = head.entropy(rows.hidden, weight, rows.target)[1]
             section.errors[name] = _medians(_relative(got, truth), rows.label, len(columns))
     return section
 

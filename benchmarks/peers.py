@@ -17,6 +17,7 @@ from benchmarks.case import OURS, Unavailable
 from rlhf_kernels import linear_logprob
 
 PerToken = Callable[[Tensor, Tensor, Tensor], Tensor]
+Pair = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 Divergence = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 TRL_CHUNK = 32768  # vocabulary columns a chunk, as TRL 1.16's trainers set it
@@ -25,14 +26,15 @@ EAGER_ROWS = 64  # rows at a time of the frugal eager version
 
 @dataclass(frozen=True)
 class Head:
-    """`divergence(hidden, ref_hidden, weight, target)` gives (logprob, entropy, exact KL(policy || reference)).
+    """One way of doing the work; None where it does not.
 
+    `entropy` gives (logprob, entropy), `divergence(hidden, ref_hidden, weight, target)` KL(policy || reference) too.
     `summed`: the loss comes back as one sum, so per-token upstream gradients are not possible.
     `frozen_only`: no gradient for the weight.
     """
 
     logprob: PerToken
-    entropy: PerToken | None = None
+    entropy: Pair | None = None
     divergence: Divergence | None = None
     summed: bool = False
     frozen_only: bool = False
@@ -56,10 +58,10 @@ def ours(device: str) -> Head:
         assert out.kl is not None
         return out.logprob, out.entropy, out.kl
 
-    def entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    def entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         out = linear_logprob(hidden, weight, target, entropy=True)
         assert out.entropy is not None
-        return out.entropy
+        return out.logprob, out.entropy
 
     return Head(lambda h, w, y: linear_logprob(h, w, y).logprob, entropy, divergence)
 
@@ -78,9 +80,9 @@ def _eager(logits: Callable[[Tensor, Tensor], Tensor]) -> Head:
     def logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return logits(hidden, weight).log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
 
-    def entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    def entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         lp = logits(hidden, weight).log_softmax(-1)
-        return -(lp.exp() * lp).sum(-1)
+        return lp.gather(-1, target[:, None]).squeeze(-1), -(lp.exp() * lp).sum(-1)
 
     def divergence(hidden: Tensor, ref_hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         lp = logits(hidden, weight).log_softmax(-1)
@@ -117,8 +119,8 @@ def trl_chunked(device: str) -> Head:
     def logprob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return function.apply(hidden, weight, None, target, 1.0, TRL_CHUNK, None, 1.0, ())[0]
 
-    def entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return function.apply(hidden, weight, None, target, 1.0, TRL_CHUNK, None, 1.0, ("entropy",))[1]
+    def entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return function.apply(hidden, weight, None, target, 1.0, TRL_CHUNK, None, 1.0, ("entropy",))[:2]
 
     return Head(logprob, entropy)
 
@@ -126,8 +128,8 @@ def trl_chunked(device: str) -> Head:
 def trl_selective(device: str) -> Head:
     """TRL's `selective_log_softmax` on whole logits in the inputs' dtype."""
     function = attribute("trl.trainer.utils", "selective_log_softmax")
-    entropy_of = attribute("trl.trainer.utils", "entropy_from_logits")
-    return Head(lambda h, w, y: function(h @ w.t(), y), lambda h, w, y: entropy_of(h @ w.t()))
+    with_entropy = attribute("trl.trainer.utils", "selective_log_softmax_and_entropy")
+    return Head(lambda h, w, y: function(h @ w.t(), y), lambda h, w, y: with_entropy(h @ w.t(), y))
 
 
 def liger_scaled(device: str) -> Head:
@@ -136,10 +138,14 @@ def liger_scaled(device: str) -> Head:
         "liger_kernel.ops.fused_linear_scaled_cross_entropy", "LigerFusedLinearScaledCrossEntropyFunction"
     )
     if device == "cuda" and torch.cuda.get_device_capability() == (9, 0):
-        attribute("cutlass", "__version__")  # the Hopper kernel's compiler, an extra of liger-kernel
+        try:
+            importlib.import_module("cutlass")  # what compiles the Hopper kernel
+        except ImportError as error:
+            raise Unavailable("not installed: needs liger-kernel[cutedsl]") from error
 
-    def entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return function.apply(hidden, weight, target, return_entropy=True)[1]
+    def entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        nll, found = function.apply(hidden, weight, target, return_entropy=True)
+        return -nll, found
 
     return Head(lambda h, w, y: -function.apply(h, w, y), entropy)
 

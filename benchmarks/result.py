@@ -22,7 +22,10 @@ class Timing:
 
 @dataclass
 class Verdict:
-    """A target beside what was measured; `measured` is None where one of the two did not run."""
+    """A target beside what was measured: a ratio to `over`, or, where that is empty, seconds or bytes.
+
+    `measured` is None where one of the two did not run.
+    """
 
     case: str
     over: str
@@ -33,13 +36,15 @@ class Verdict:
 
     def sentence(self) -> str:
         if self.measured is None:
-            return f"{self.quantity} against {self.over}: not measured, target {self.bound}"
+            return f"{self.quantity}{f' against {self.over}' if self.over else ''}: not measured, target {self.bound}"
         words = {
+            ("time", "absolute"): f"{1e3 * self.measured:.1f} ms",
+            ("memory", "absolute"): f"{self.measured / 2**20:.0f} MiB",
             ("time", ">="): f"{self.measured:.2f}x faster than {self.over}",
             ("time", "<="): f"{self.measured:.2f}x the time of {self.over}",
             ("memory", ">="): f"{self.measured:.1f}x less memory than {self.over}",
             ("memory", "<="): f"{self.measured:.2f}x the memory of {self.over}",
-        }[self.quantity, self.bound[:2]]
+        }[self.quantity, self.bound[:2] if self.over else "absolute"]
         return f"{words}: target {self.bound}, {'met' if self.met else 'missed'}"
 
 

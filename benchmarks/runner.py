@@ -1,9 +1,9 @@
 """One way of measuring for every benchmark: contestants interleaved in one process, memory in fresh processes.
 
 Times are medians with minimum and maximum over the rounds. In a round every contestant runs once before any runs again,
-so that what else the machine does falls on all alike; a contestant slower than `SLOW_S` a run takes part in
-`SLOW_ROUNDS` of them, spread evenly; a run shorter than `SHORT_S` is repeated in each round and its mean is taken. On a
-CUDA device times come from events around the runs.
+so that what else the machine does falls on all alike. A slow contestant takes part in as many of them, spread evenly,
+as the case's budget allows, at least one; a run shorter than `SHORT_S` is repeated in each round and its mean is taken.
+On a CUDA device times come from events around the runs.
 """
 
 import gc
@@ -24,8 +24,6 @@ from benchmarks.result import Result, Timing, Verdict
 
 SHORT_S = 0.02
 MOST_REPEATS = 50
-SLOW_S = 2.5
-SLOW_ROUNDS = 3
 ROUNDS = {"cpu": 5, "cuda": 30}
 WARM_UPS = {"cpu": 1, "cuda": 3}
 MEMORY_PROCESSES = 2  # at a time; memory needs no quiet processor
@@ -73,7 +71,7 @@ def time_case(case: Case, rounds: int, device: str = "cpu") -> list[Timing]:
             found[name].unavailable = str(why)
             continue
         runs[name], repeats[name] = run, min(MOST_REPEATS, math.ceil(SHORT_S / warm))
-        fewer = rounds if warm <= SLOW_S else min(rounds, SLOW_ROUNDS)
+        fewer = max(1, min(rounds, int(case.budget_s / warm)))
         takes_part[name] = {i * rounds // fewer for i in range(fewer)}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(rounds):
@@ -131,7 +129,7 @@ def judge(case: Case, timings: list[Timing]) -> list[Verdict]:
     for target in case.targets:
         both = [rows.get(name) for name in (OURS, target.over)]
         values = [getattr(t, "median_s" if target.quantity == "time" else "peak_bytes", None) for t in both]
-        mine, theirs = values
+        mine, theirs = values[0], values[1] if target.over else 1.0
         ratio = None if mine is None or theirs is None else target.ratio(mine, theirs)
         met = target.met(ratio) if ratio is not None else None
         verdicts.append(Verdict(case.name, target.over, target.quantity, target.bound(), ratio, met))
