@@ -30,7 +30,7 @@ class Head:
 
     `entropy` gives (logprob, entropy), `divergence(hidden, ref_hidden, weight, target)` KL(policy || reference) too.
     `summed`: the loss comes back as one sum, so per-token upstream gradients are not possible.
-    `frozen_only`: no gradient for the weight.
+    `frozen_only`: no gradient for the weight. `scoring_only`: a way to save memory that a backward pass would undo.
     """
 
     logprob: PerToken
@@ -38,6 +38,7 @@ class Head:
     divergence: Divergence | None = None
     summed: bool = False
     frozen_only: bool = False
+    scoring_only: bool = False
 
 
 def attribute(module: str, name: str) -> Any:
@@ -94,7 +95,7 @@ def _eager(logits: Callable[[Tensor, Tensor], Tensor]) -> Head:
 
 
 def eager_by_rows(device: str) -> Head:
-    """Eager, a few rows at a time: little memory for scoring; a backward pass keeps every chunk's log-softmax."""
+    """Eager, a few rows at a time."""
     whole = eager(device)
     assert whole.divergence is not None
     of_chunk = whole.divergence
@@ -109,7 +110,7 @@ def eager_by_rows(device: str) -> Head:
         logprobs, entropies, kls = zip(*parts)
         return torch.cat(logprobs), torch.cat(entropies), torch.cat(kls)
 
-    return Head(logprob, divergence=divergence)
+    return Head(logprob, divergence=divergence, scoring_only=True)
 
 
 def trl_chunked(device: str) -> Head:

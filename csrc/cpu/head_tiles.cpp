@@ -201,8 +201,9 @@ void merge_exponentials(const Job& job, int64_t row, float* shift, double* mass,
   *mass = 0, *target = -std::numeric_limits<double>::infinity();
   for (int64_t s = 0; s < job.segments; ++s) {
     const ExpState& state = job.exp[s * job.panels + panel];
-    // the shift is handed on in natural units, rounded: the factors make up for it
-    scaled[s] = std::exp(double(state.shift[t]) * kLn2 - double(*shift));
+    // the shift is handed on in natural units, rounded: the factors make up for it. A shift of -inf in effect: there is
+    // no column beside the target and masked ones.
+    scaled[s] = state.shift[t] < 0.1f * kMinusInf ? 0.0 : std::exp(double(state.shift[t]) * kLn2 - double(*shift));
     *mass += scaled[s] * state.mass[t];
     if (state.target[t] == state.target[t]) *target = double(state.target[t]) * job.tokens[panel].slope[t];
   }

@@ -167,7 +167,12 @@ def test_every_installed_peer_does_the_same_work(work):
             head = load("cpu")
         except Unavailable:
             continue
-        lacks = {"kl": head.divergence is None, "entropy": head.entropy is None, "trained": head.frozen_only}
+        lacks = {
+            "kl": head.divergence is None,
+            "entropy": head.entropy is None,
+            "frozen": head.scoring_only,
+            "trained": head.scoring_only or head.frozen_only,
+        }
         if lacks.get(work) or "compile" in name:  # compiling takes a minute and is torch's to test
             continue
         found = flat(contestant(head, work, inputs)())
