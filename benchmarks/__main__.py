@@ -32,8 +32,11 @@ def parser() -> argparse.ArgumentParser:
     for name in ("gae", "head", "lora"):
         command = commands.add_parser(name)
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-        command.add_argument("--rounds", type=int, help="timed runs of each contestant (5; on a GPU 30)")
+        command.add_argument("--rounds", type=int, help="timed runs of each contestant (5; on a GPU 20)")
         command.add_argument("--only", metavar="TEXT", help="only cases whose name holds TEXT")
+        command.add_argument(
+            "--who", metavar="TEXT", nargs="+", default=(), help="only contestants whose name holds one"
+        )
         command.add_argument("--memory", action="store_true", help="also peak memory, each in a fresh process")
         command.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
         command.add_argument(
@@ -45,15 +48,19 @@ def parser() -> argparse.ArgumentParser:
     numerics = commands.add_parser("numerics", help="errors against float64, ours beside each peer's")
     numerics.add_argument("--write", action="store_true", help="write the tables into docs/kernels.md")
     table = commands.add_parser("table", help="tables of result files")
-    table.add_argument("files", nargs="+", type=Path)
+    table.add_argument("files", nargs="*", type=Path)
     table.add_argument("--write", action="store_true", help="write the tables into benchmarks/README.md")
     return top
 
 
 def _benchmark(args: argparse.Namespace) -> None:
+    import torch
+
     from benchmarks import memory, runner, tables
     from benchmarks.registry import BENCHMARKS
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: this machine has no CUDA device that torch can use")
     cases = list(BENCHMARKS[args.name](args.device))
     if args.peak_of:
         case, contestant = args.peak_of
@@ -65,7 +72,7 @@ def _benchmark(args: argparse.Namespace) -> None:
         if not chosen_cases:
             sys.exit(f"--only {args.only!r}: no such case; there are:\n" + "\n".join(c.name for c in cases))
         cases = chosen_cases
-    result = runner.run_benchmark(args.name, cases, args.device, args.rounds, args.memory, _progress)
+    result = runner.run_benchmark(args.name, cases, args.device, args.rounds, args.memory, args.who, _progress)
     print(f"\n{tables.heading(result)}. {tables.provenance(result)}\n")
     for case in tables.by_case(result):
         tables.print_case(result, case)

@@ -11,7 +11,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
@@ -24,9 +24,9 @@ from benchmarks.result import Result, Timing, Verdict
 
 SHORT_S = 0.02
 MOST_REPEATS = 50
-ROUNDS = {"cpu": 5, "cuda": 30}
+ROUNDS = {"cpu": 5, "cuda": 20}
 WARM_UPS = {"cpu": 1, "cuda": 3}
-MEMORY_PROCESSES = 2  # at a time; memory needs no quiet processor
+MEMORY_PROCESSES = {"cpu": 2, "cuda": 4}  # at a time; memory needs no quiet processor
 
 
 def run_benchmark(
@@ -35,16 +35,20 @@ def run_benchmark(
     device: str = "cpu",
     rounds: int | None = None,
     memory: bool = False,
+    who: Collection[str] = (),
     report: Callable[[Result, str], None] | None = None,
 ) -> Result:
-    """Times every case, then measures memory; `report(result, case)` is called as each case is timed."""
+    """Times every case, then measures memory; `report(result, case)` is called as each case is timed.
+
+    `who` leaves out contestants whose name holds none of its texts; empty leaves out none.
+    """
     result = Result(
         name, device, f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", machine.describe(device), machine.versions(),
         machine.commit(), warning=machine.load_warning(),
     )  # fmt: skip
     cases, quiet = list(cases), machine.Quietness()
     for case in cases:
-        result.timings += time_case(case, rounds or ROUNDS[device], device)
+        result.timings += time_case(case, rounds or ROUNDS[device], device, who)
         if report:
             report(result, case.name)
     result.others = quiet.others()
@@ -54,9 +58,9 @@ def run_benchmark(
     return result
 
 
-def time_case(case: Case, rounds: int, device: str = "cpu") -> list[Timing]:
+def time_case(case: Case, rounds: int, device: str = "cpu", who: Collection[str] = ()) -> list[Timing]:
     """Times every contestant of `case`, interleaved, after warming each up; those that cannot run say why."""
-    contestants = case.build(False)
+    contestants = {n: c for n, c in case.build(False).items() if not who or any(text in n for text in who)}
     found = {name: Timing(case.name, name) for name in contestants}
     runs: dict[str, Run] = {}
     repeats: dict[str, int] = {}
@@ -110,7 +114,6 @@ def _seconds(run: Run, device: str, repeats: int = 1) -> float:
 def _measure_memory(result: Result, cases: list[Case]) -> None:
     names = {case.name for case in cases}
     todo = [t for t in result.timings if t.case in names and not t.unavailable]
-    at_a_time = MEMORY_PROCESSES if result.device == "cpu" else 1
 
     def measure(timing: Timing) -> None:
         try:
@@ -118,7 +121,7 @@ def _measure_memory(result: Result, cases: list[Case]) -> None:
         except (RuntimeError, OSError, ValueError) as error:  # the times stay good: say it and go on
             print(f"warning: {error}", file=sys.stderr)
 
-    with ThreadPoolExecutor(at_a_time) as pool:
+    with ThreadPoolExecutor(MEMORY_PROCESSES[result.device]) as pool:
         list(pool.map(measure, todo))
 
 

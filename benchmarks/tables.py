@@ -77,10 +77,13 @@ def print_case(result: Result, case: str) -> None:
 
 
 def markdown(results: Iterable[Result]) -> str:
-    """Every result as Markdown; where none is from a GPU, its targets, marked as not measured."""
+    """Every result as Markdown; where `head` has none from a CPU or a GPU, that is said, with the GPU's targets."""
     found = list(results)
+    devices = {result.device for result in found if result.benchmark == "head"}
     parts = [_result_markdown(result) for result in found]
-    if not any(result.device == "cuda" for result in found):
+    if "cpu" not in devices:
+        parts.append("### `head` on a CPU: not measured\n\n`make bench` measures it.")
+    if "cuda" not in devices:
         parts.append(_gpu_markdown())
     return "\n\n".join(parts)
 

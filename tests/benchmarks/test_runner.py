@@ -63,6 +63,11 @@ def test_a_slow_contestant_runs_as_often_as_its_budget_allows(clock, budget, rou
     assert slow.rounds == rounds
 
 
+def test_only_some_contestants_can_be_asked_for(clock):
+    assert [t.contestant for t in runner.time_case(race(clock), 1, who=["rlhf", "go"])] == [OURS, "gone"]
+    assert clock.ran == [OURS, OURS]
+
+
 def test_contestants_take_turns(clock):
     runner.time_case(race(clock), rounds=2)
     assert clock.ran == ["slow", OURS] * 3  # warm-ups, then two rounds
@@ -137,7 +142,8 @@ def test_markdown_has_every_contestant_its_verdict_and_the_gpu_table_as_not_meas
     assert "- " + result.verdicts[0].sentence() in text
     assert "on an H200: not measured" in text
     assert "<= 27 ms" in text
-    assert "not measured" not in tables.markdown([replace(result, device="cuda", machine={"gpu": "H200"})])
+    assert "not measured" not in tables.markdown([result, replace(result, device="cuda", machine={"gpu": "H200"})])
+    assert tables.markdown([]).count(": not measured") == 2
 
 
 def test_the_terminal_table_shows_what_the_file_holds(result, capsys):
@@ -219,6 +225,41 @@ def test_a_library_that_is_missing_or_broken_is_unavailable_with_its_reason():
         peers.attribute("json", "no_such_name")
     with pytest.raises(Unavailable, match=r"needs a GPU|not installed"):
         peers.cce("cpu")
+
+
+class FakeEvent:
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.recorded = True
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        assert self.recorded
+        assert end.recorded
+        return 250.0  # milliseconds
+
+
+def test_on_a_gpu_times_come_from_events_and_peaks_from_the_allocator(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: calls.append(name))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5000)
+    run = lambda: calls.append("run")  # noqa: E731
+    assert runner._seconds(run, "cuda", repeats=5) == pytest.approx(0.05)
+    assert calls == ["synchronize", *["run"] * 5, "synchronize"]
+    calls.clear()
+    assert memory._cuda_growth(run) == 4000
+    assert calls == ["synchronize", "empty_cache", "reset_peak_memory_stats", "run", "synchronize"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is what happens without a GPU")
+def test_asking_for_a_gpu_where_there_is_none_is_an_error():
+    failed = subprocess.run(command("gae", "--device", "cuda"), cwd=machine.ROOT, capture_output=True, text=True)
+    assert failed.returncode != 0
+    assert "no CUDA device" in failed.stderr
 
 
 def holds(mebibytes: int) -> Case:
