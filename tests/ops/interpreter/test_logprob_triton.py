@@ -38,12 +38,12 @@ def in_half(options):
 def test_linear_logprob_follows_its_definition(device, monkeypatch, launched, options):
     monkeypatch.setattr(head_cases, "POOLED_ROWS", 1)  # the interpreter takes 5 ms a row and pass
     with device:
-        as_exact_as_plain(**{**in_half(options), "rows": min(6, options.get("rows", 6))})
+        as_exact_as_plain(**{**in_half(options), "rows": min(9, options.get("rows", 9))})
     assert "stats_kernel" in launched
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", QUICK.values(), ids=QUICK.keys())
+@pytest.mark.parametrize("options", [QUICK[name] for name in ("softcap", "lora", "every field", "far reference")])
 def test_linear_logprob_follows_its_definition_over_many_rows(device, options):
     with device:
         as_exact_as_plain(**in_half(options))
