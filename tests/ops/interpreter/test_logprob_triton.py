@@ -7,9 +7,15 @@ from head_cases import BF16, DISTRIBUTION_FIELDS, F16, as_exact_as_plain, logits
 from test_linear_logprob import QUICK
 
 from rlhf_kernels import linear_logprob, logprob
-from rlhf_kernels.ops.logprob import naive, triton_logits, triton_rows
+from rlhf_kernels.ops.logprob import naive, sweep, triton_logits, triton_rows
 
 INF, NAN = float("inf"), float("nan")
+
+
+@pytest.fixture(autouse=True)
+def _by_blocks(monkeypatch):
+    """No fused tier: the blocks' row passes are what is tested here."""
+    monkeypatch.setattr(sweep, "fused", lambda head: None)
 
 
 @pytest.fixture
