@@ -1,0 +1,47 @@
+"""The kernel table of docs/kernels.md: every GPU kernel in every shipped configuration, as its compiler left it.
+
+A compiler joins with a function `() -> list[Row]` in SOURCES (nvcc's rows of the .cu files, say): it may run whatever
+it needs, must not need a GPU, and its kernels' names must not be those of another source.
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from benchmarks.kernels import triton_aot
+from benchmarks.kernels.row import Row
+
+SOURCES: list[Callable[[], list[Row]]] = [triton_aot.rows]
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
+BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
+HEADER = """\
+| kernel | chip | threads | registers | shared bytes | spilled bytes | matrix instructions |
+|---|---|---:|---:|---:|---:|---|"""
+
+
+def everything() -> list[Row]:
+    """The rows of every source, by kernel."""
+    return sorted((row for source in SOURCES for row in source()), key=lambda row: row.kernel)
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """The table."""
+    lines = (
+        f"| {r.kernel} | {r.arch} | {r.threads} | {r.registers} | {r.shared} | {r.spilled} | {r.matrix} |" for r in rows
+    )
+    return "\n".join((HEADER, *lines))
+
+
+def block(text: str) -> str:
+    """What stands between the two marks of a document."""
+    before, begin, rest = text.partition(BEGIN)
+    inside, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in inside + after or END in before + after:
+        raise ValueError(f"the document must have {BEGIN} once and then {END} once")
+    return inside
+
+
+def write(rows: Iterable[Row], document: Path = DOCUMENT) -> None:
+    """Puts the table between the document's marks."""
+    text = document.read_text()
+    document.write_text(text.replace(BEGIN + block(text) + END, f"{BEGIN}\n{markdown(rows)}\n{END}"))
