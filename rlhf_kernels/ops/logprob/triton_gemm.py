@@ -10,7 +10,7 @@ Sums of a tile go to memory and are added in fp64 in the order of the columns: n
 import triton
 import triton.language as tl
 
-from rlhf_kernels.ops.logprob.triton_math import exp, shaped
+from rlhf_kernels.ops.logprob.triton_math import exp, halves, shaped
 
 
 @triton.jit
@@ -64,12 +64,6 @@ def bias_of(bias, start, stop, N: tl.constexpr, HAS_BIAS: tl.constexpr):
         return tl.load(bias + column, mask=column < stop, other=0.0).to(tl.float32)
     else:
         return (column * 0).to(tl.float32)
-
-
-@triton.jit
-def halves(x, M: tl.constexpr, N: tl.constexpr):
-    """The left and the right half of x [M, N]: an epilogue on halves keeps its registers within bounds."""
-    return tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
 
 
 @triton.jit

@@ -1,4 +1,7 @@
-"""How the Triton kernels of the head are launched: the shipped tile of each chip, and tensors or their descriptors."""
+"""How the Triton kernels of the head are launched: the tile of each chip, and matrices as tensors or descriptors.
+
+Tiles do not depend on the number of rows, so a row's numbers do not depend on the batch it stands in.
+"""
 
 import os
 from dataclasses import dataclass
@@ -25,6 +28,40 @@ class Tile:
     tma: bool
     flatten: bool
     group: int = 16
+
+
+EXPONENTIALS = {
+    "sm_80": Tile(128, 128, 64, 8, 4, 1, False, False, 8),
+    "sm_90": Tile(128, 256, 64, 8, 4, 2, True, True),
+    "sm_100": Tile(128, 256, 64, 8, 3, 4, True, False),
+    "gfx942": Tile(128, 128, 64, 8, 2, 1, False, False, 8),
+    "interpreter": Tile(32, 256, 64, 4, 1, 2, True, False, 2),
+}
+SCORES = {
+    "sm_80": Tile(128, 128, 64, 8, 4, 1, False, False, 8),
+    "sm_90": Tile(128, 256, 64, 8, 4, 2, True, True),
+    "sm_100": Tile(128, 256, 64, 8, 3, 4, True, False),
+    "gfx942": Tile(128, 128, 64, 8, 2, 1, False, False, 8),
+    "interpreter": Tile(32, 256, 64, 4, 1, 2, True, False, 2),
+}
+PAIRS = {  # policy and reference: two accumulators
+    "sm_80": Tile(128, 64, 64, 8, 4, 1, False, False, 8),
+    "sm_90": Tile(128, 128, 64, 8, 3, 1, True, False),
+    "sm_100": Tile(128, 128, 64, 8, 3, 2, True, False),
+    "gfx942": Tile(128, 64, 64, 8, 2, 1, False, False, 8),
+    "interpreter": Tile(32, 128, 64, 4, 1, 1, True, False, 2),
+}
+POINTERS = {  # in place of a tile with TMA where rows do not start on 16 bytes
+    "sm_90": Tile(128, 128, 64, 8, 4, 1, False, False, 8),
+    "sm_100": Tile(128, 128, 64, 8, 4, 1, False, False, 8),
+    "interpreter": Tile(32, 128, 64, 4, 1, 1, False, False, 2),
+}
+
+
+def tile_for(table: dict[str, Tile], device: torch.device, *matrices: Tensor) -> Tile:
+    """The tile of this chip, one without the copy engine where it cannot take the matrices."""
+    tile = table[chip(device)]
+    return POINTERS[chip(device)] if tile.tma and not tma_fits(*matrices) else tile
 
 
 def tma_fits(*matrices: Tensor) -> bool:
@@ -58,5 +95,3 @@ def chip(device: torch.device) -> str:
     return "sm_100" if major == 10 else "sm_90" if major == 9 else "sm_80"
 
 
-def cdiv(a: int, b: int) -> int:
-    return triton.cdiv(a, b)

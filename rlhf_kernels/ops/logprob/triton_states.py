@@ -8,14 +8,16 @@ the policy's, KL and reverse KL within the tile. `merge` joins a row's tiles by 
 import triton
 import triton.language as tl
 
-from rlhf_kernels.ops.logprob.triton_gemm import bias_of, halves, low_rank, operand, rows_of, tile_of
+from rlhf_kernels.ops.logprob.triton_gemm import bias_of, low_rank, operand, rows_of, tile_of
 from rlhf_kernels.ops.logprob.triton_math import (
     LOWEST,
     divergence,
     exp,
     log1p,
+    mass_parts,
     mass_sums,
     ratio_sums,
+    ratio_terms,
     shaped,
 )
 
@@ -44,48 +46,37 @@ def record(
     M: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, REFERENCE: tl.constexpr,
     WITH_KL: tl.constexpr, WITH_RKL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Stores the record of raw logits [M, N] of columns from `column` on, in 1, 2 or 4 parts; row, target [M]."""
-    if PARTS > 1:
-        low, high = halves(raw, M, N)
-        low_ref, high_ref = low, high
-        if REFERENCE:
-            low_ref, high_ref = halves(raw_ref, M, N)
-        record(low, low_ref, out, at, ref_at, bias, target, cooling, row, rows, column, columns, tile, tiles, scale,
-               softcap, M, N // 2, HAS_BIAS, CAPPED, REFERENCE, WITH_KL, WITH_RKL, PARTS // 2)  # fmt: skip
-        record(high, high_ref, out, at, ref_at, bias, target, cooling, row, rows, column + N // 2, columns,
-               tile + PARTS // 2, tiles, scale, softcap, M, N // 2, HAS_BIAS, CAPPED, REFERENCE, WITH_KL, WITH_RKL,
-               PARTS // 2)  # fmt: skip
-    else:
-        b = bias_of(bias, column, columns, N, HAS_BIAS)
-        z = masked(raw, b, scale, softcap, cooling, columns - column, N, CAPPED)
-        store_target(z, at, row, target - column, rows, N)
-        inside = row < rows
-        place = out + tile * rows + row.to(tl.int64)
-        field = tl.cast(tiles, tl.int64) * rows
-        if REFERENCE:
-            zr = masked(raw_ref, b, scale, softcap, cooling, columns - column, N, CAPPED)
-            store_target(zr, ref_at, row, target - column, rows, N)
-            if WITH_RKL:
-                m, r, u = mass_sums(z)
-                mr, rr, _, rkl, difference = ratio_sums(zr, z, m + log1p(r))
-                difference = -difference
-                tl.store(place + RKL * field, rkl, mask=inside)
-            else:
-                mr, rr, _ = mass_sums(zr)
-            if WITH_KL:
-                m, r, u, kl, difference = ratio_sums(z, zr, mr + log1p(rr))
-                tl.store(place + KL * field, kl, mask=inside)
-            elif not WITH_RKL:
-                m, r, u = mass_sums(z)
-            tl.store(place + REF_TOP * field, mr, mask=inside)
-            tl.store(place + REF_SUM * field, rr, mask=inside)
-            if WITH_KL or WITH_RKL:
-                tl.store(place + DIFFERENCE * field, difference, mask=inside)
+    """Stores the record of raw logits [M, N] of columns from `column` on; row, target [M]."""
+    b = bias_of(bias, column, columns, N, HAS_BIAS)
+    z = masked(raw, b, scale, softcap, cooling, columns - column, N, CAPPED)
+    store_target(z, at, row, target - column, rows, N)
+    inside = row < rows
+    place = out + tile * rows + row.to(tl.int64)
+    field = rows * tiles
+    if REFERENCE:
+        zr = masked(raw_ref, b, scale, softcap, cooling, columns - column, N, CAPPED)
+        store_target(zr, ref_at, row, target - column, rows, N)
+        if WITH_RKL:
+            m, r, u = mass_sums(z, M, N, PARTS)
+            mr, rr, _, rkl, difference = ratio_sums(zr, z, m + log1p(r), M, N, PARTS)
+            difference = -difference
+            tl.store(place + field * RKL, rkl, mask=inside)
         else:
-            m, r, u = mass_sums(z)
-        tl.store(place + TOP * field, m, mask=inside)
-        tl.store(place + SUM * field, r, mask=inside)
-        tl.store(place + MOMENT * field, u, mask=inside)
+            mr, rr, _ = mass_sums(zr, M, N, PARTS)
+        if WITH_KL:
+            m, r, u, kl, difference = ratio_sums(z, zr, mr + log1p(rr), M, N, PARTS)
+            tl.store(place + field * KL, kl, mask=inside)
+        elif not WITH_RKL:
+            m, r, u = mass_sums(z, M, N, PARTS)
+        tl.store(place + field * REF_TOP, mr, mask=inside)
+        tl.store(place + field * REF_SUM, rr, mask=inside)
+        if WITH_KL or WITH_RKL:
+            tl.store(place + field * DIFFERENCE, difference, mask=inside)
+    else:
+        m, r, u = mass_sums(z, M, N, PARTS)
+    tl.store(place + field * TOP, m, mask=inside)
+    tl.store(place + field * SUM, r, mask=inside)
+    tl.store(place + field * MOMENT, u, mask=inside)
 
 
 @triton.jit
@@ -98,7 +89,7 @@ def statistics(
     GROUP: tl.constexpr, RANK_DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Records of all columns: x, ref [rows, width], w, ref_w [columns, width] (TMA: their descriptors), out
-    [fields, tiles, rows] with tiles of BN / PARTS columns; at, ref_at fp32 [rows]: the target's z where it is found.
+    [fields, tiles, rows] with tiles of BN columns; at, ref_at fp32 [rows]: the target's z where it is found.
 
     OWN: the reference has a weight of its own, ref_w. RANK: s, b of `low_rank` are added to the policy's logits.
     """
@@ -128,51 +119,43 @@ def statistics(
         row = row_start + tl.arange(0, BM)
         y = tl.load(target + row, mask=row < rows, other=-1).to(tl.int32)
         cooling = 1 / tl.load(temperature + row, mask=row < rows, other=1.0)
-        record(acc, acc_ref, out, at, ref_at, bias, y, cooling, row, rows, column_start, columns, tile_n * PARTS,
-               tiles_n * PARTS, scale, softcap, BM, BN, HAS_BIAS, CAPPED, REFERENCE, WITH_KL, WITH_RKL,
+        record(acc, acc_ref, out, at, ref_at, bias, y, cooling, row, rows, column_start, columns, tile_n,
+               tiles_n, scale, softcap, BM, BN, HAS_BIAS, CAPPED, REFERENCE, WITH_KL, WITH_RKL,
                PARTS)  # fmt: skip
 
 
 @triton.jit
 def log_masses(m, r, at, here):
-    """Of a row's tiles [M, T]: each log-mass, and log-mass and log-mass without the target [M] of all."""
+    """Of a row's tiles [M, T]: each log-mass; and [M] log-mass and log-mass without the target of all."""
     lse = m + log1p(r)
     top = tl.max(lse, 1)
-    x = lse - top[:, None]
-    whole = top + log1p(tl.sum(tl.where(x == 0, 0.0, exp(x)), 1) + (tl.sum((x == 0).to(tl.float64), 1) - 1))
+    e, n, _ = mass_parts(lse, top, 1, 1, 1)
     # with the target on top r is the rest; else s >= 1 + its share, and the subtraction loses at most one bit
-    left = tl.where(at[:, None] == m, r, 1 + r - exp(at[:, None] - m))
+    left = tl.where(at[:, None] == m, r, 1 + r - exp(tl.where(here, at[:, None] - m, 0.0)))
     others = tl.where(here, tl.where(left > 0, m + tl.log(left), tl.where(left == left, LOWEST, left)), lse)
     peak = tl.max(others, 1)
     rest = peak + tl.log(tl.sum(exp(others - peak[:, None]), 1))
-    return lse, whole, tl.where(rest < LOWEST, LOWEST, rest)
+    return lse, top + log1p(e + (n - 1)), tl.where(rest < LOWEST, LOWEST, rest)
 
 
 @triton.jit
-def chain(mine, other, difference, inner):
+def chain(mine, other, difference, inner, whole):
     """Divergence of a row's tiles [M, T] by the chain rule, from log-masses, log ratios and divergences within: (sum of
-    shares * inner + that of the masses, log ratio of the whole)."""
+    shares * inner + that of the masses, log ratio of the whole); whole [M]: the log-mass of all."""
     top = tl.max(mine, 1)
-    x = mine - top[:, None]
-    pivot_d = tl.max(tl.where(x == 0, difference, float("-inf")), 1)
-    d = difference - pivot_d[:, None]
-    pivot = (x == 0) & (d == 0)
-    e = tl.where(pivot, 0.0, exp(x))
-    r = tl.sum(e, 1) + (tl.sum(pivot.to(tl.float64), 1) - 1)
-    at = pivot_d + top
-    y = other - at[:, None]
-    far = exp(tl.where(y > 88, 88.0, y))
+    pivot_d = tl.max(tl.where(mine == top[:, None], difference, float("-inf")), 1)
+    y = other - (pivot_d + top)[:, None]
+    r, n, _, a, b, ed = ratio_terms(mine - top[:, None], difference - pivot_d[:, None], y)
+    r += n - 1
     peak = tl.max(y, 1)
-    whole = peak + tl.log(tl.sum(exp(y - peak[:, None]), 1))
-    kl, growth = divergence(e, d, far, r, whole)
-    within = tl.sum(tl.where(pivot, 1.0, e) * inner, 1) / (1 + r)
-    return within + kl, growth + pivot_d
+    kl, growth = divergence(r, a, b, ed, peak + tl.log(tl.sum(exp(y - peak[:, None]), 1)))
+    return tl.sum(exp(mine - whole[:, None]) * inner, 1) + kl, growth + pivot_d
 
 
 @triton.jit
 def load_tiles(record, field, row, rows, tile, tiles, other):
     """One field of a row's tiles, fp64 [M, T]."""
-    place = record + (tl.cast(field * tiles, tl.int64) + tile[None, :]) * rows + row[:, None]
+    place = record + (tile[None, :].to(tl.int64) + tiles * field) * rows + row[:, None]
     return tl.load(place, mask=(row < rows)[:, None] & (tile < tiles)[None, :], other=other).to(tl.float64)
 
 
@@ -193,16 +176,14 @@ def merge(
     r = load_tiles(records, SUM, row, rows, tile, tiles, 0.0)
     u = load_tiles(records, MOMENT, row, rows, tile, tiles, 0.0)
     lse, whole, rest = log_masses(m, r, z_y, here)
-    share = exp(lse - whole[:, None])
-    top = tl.max(lse, 1)
-    x = lse - top[:, None]
-    e = tl.where(x == 0, 0.0, exp(x))
-    mass = tl.sum(e, 1) + (tl.sum((x == 0).to(tl.float64), 1) - 1)
-    between = log1p(mass) - tl.sum(e * x, 1) / (1 + mass)
+    within = tl.sum(exp(lse - whole[:, None]) * (log1p(r) - u / (1 + r)), 1)
+    mass, n, moment = mass_parts(lse, tl.max(lse, 1), 1, 1, 1)
+    mass += n - 1
+    entropy = within + log1p(mass) - moment / (1 + mass)
     tl.store(place, whole, mask=inside)
     tl.store(place + rows, rest, mask=inside)
     tl.store(place + 2 * rows, z_y, mask=inside)
-    tl.store(place + 3 * rows, tl.sum(share * (log1p(r) - u / (1 + r)), 1) + between, mask=inside)
+    tl.store(place + 3 * rows, entropy, mask=inside)
     if REFERENCE:
         z_y = tl.load(ref_at + row, mask=inside, other=0.0).to(tl.float64)
         mr = load_tiles(records, REF_TOP, row, rows, tile, tiles, LOWEST)
@@ -213,12 +194,12 @@ def merge(
             ratio = load_tiles(records, DIFFERENCE, row, rows, tile, tiles, 0.0)
         if WITH_RKL:
             inner = load_tiles(records, RKL, row, rows, tile, tiles, 0.0)
-            rkl, difference = chain(ref_lse, lse, -ratio, inner)
+            rkl, difference = chain(ref_lse, lse, -ratio, inner, ref_whole)
             difference = -difference
             tl.store(place + 9 * rows, rkl, mask=inside)
         if WITH_KL:
             inner = load_tiles(records, KL, row, rows, tile, tiles, 0.0)
-            kl, difference = chain(lse, ref_lse, ratio, inner)
+            kl, difference = chain(lse, ref_lse, ratio, inner, whole)
             tl.store(place + 8 * rows, kl, mask=inside)
         tl.store(place + 4 * rows, ref_whole, mask=inside)
         tl.store(place + 5 * rows, ref_rest, mask=inside)
