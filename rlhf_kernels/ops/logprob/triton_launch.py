@@ -49,7 +49,7 @@ PAIRS = {  # policy and reference: two accumulators
     "sm_90": Tile(128, 128, 64, 8, 3, 1, True, False),
     "sm_100": Tile(128, 128, 64, 8, 3, 2, True, False),
     "gfx942": Tile(128, 64, 64, 8, 2, 1, False, False, 8),
-    "interpreter": Tile(32, 128, 64, 4, 1, 1, True, False, 2),
+    "interpreter": Tile(32, 128, 64, 4, 1, 4, True, False, 2),
 }
 POINTERS = {  # in place of a tile with TMA where rows do not start on 16 bytes
     "sm_90": Tile(128, 128, 64, 8, 4, 1, False, False, 8),

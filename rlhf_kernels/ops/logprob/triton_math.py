@@ -91,61 +91,42 @@ def halves(x, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def mass_parts(z, m, M: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr):
-    """(sum of e^(z-m) below the top, number of tops, sum of e^(z-m) (z-m)) of z [M, N], in 1, 2 or 4 parts."""
-    if PARTS > 1:
-        low, high = halves(z, M, N)
-        r, n, u = mass_parts(low, m, M, N // 2, PARTS // 2)
-        more_r, more_n, more_u = mass_parts(high, m, M, N // 2, PARTS // 2)
-        return r + more_r, n + more_n, u + more_u
-    else:
-        x = z - m[:, None]
-        top = x == 0
-        e = tl.where(top, 0.0, exp(x))
-        return tl.sum(e, 1), tl.sum(top.to(e.dtype), 1), tl.sum(e * x, 1)
+def without_top(z, m):
+    """(r, u): sums of e^(z-m) and e^(z-m) (z-m) over all columns but one of the tops m [M] of z [M, N]."""
+    x = z - m[:, None]
+    top = x == 0
+    e = tl.where(top, 0.0, exp(x))
+    return tl.sum(e, 1) + (tl.sum(top.to(e.dtype), 1) - 1), tl.sum(e * x, 1)
 
 
 @triton.jit
-def mass_sums(z, M: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr):
-    """Of each row of z [M, N]: the top m, and over all columns but one top the sums of e^(z-m) and e^(z-m) (z-m)."""
-    m = tl.max(z, 1)
-    r, n, u = mass_parts(z, m, M, N, PARTS)
-    return m, r + (n - 1), u
+def joined_mass(m, r, u, m2, r2, u2):
+    """Top and `without_top` of two sets together."""
+    swap = m2 > m
+    gap = -tl.abs(m - m2)
+    f = exp(gap)
+    s = 1 + tl.where(swap, r, r2)
+    return (tl.maximum(m, m2), tl.where(swap, r2, r) + s * f,
+            tl.where(swap, u2, u) + (tl.where(swap, u, u2) + s * gap) * f)  # fmt: skip
 
 
 @triton.jit
-def ratio_terms(x, d, y):
-    """Sums over axis 1 of x = z - top, d = log ratio less the pivot's, y = the other's logit less its pivot's: those of
-    `mass_parts`, where the pivots are the tops with d = 0, then A, B, D of `divergence`."""
-    pivot = (x == 0) & (d == 0)
-    e = tl.where(pivot, 0.0, exp(x))
+def ratio_terms(e, d, y):
+    """A = sum e (expm1 d - d), B = sum e expm1 d and D = sum e d over axis 1, term by term: e the own mass relative to
+    the pivot's and 0 for it, d the log ratio (other minus own) less the pivot's, y the log of the other's mass relative
+    to its pivot's: where d is large, e^y - e is e expm1 d without an overflow on the way."""
     small = tl.abs(d) < 1
     close = e * expm1_minus_x(d)
     ed = e * d
     b = tl.where(small, close + ed, exp(tl.where(y > 88, 88.0, y)) - e)
-    a = tl.where(small, close, b - ed)
-    return tl.sum(e, 1), tl.sum(pivot.to(e.dtype), 1), tl.sum(e * x, 1), tl.sum(a, 1), tl.sum(b, 1), tl.sum(ed, 1)
-
-
-@triton.jit
-def ratio_parts(z, zr, m, pivot_d, M: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr):
-    """`ratio_terms` of z and zr [M, N] with tops m and ratio pivot_d at the pivot, in 1, 2 or 4 parts."""
-    if PARTS > 1:
-        low, high = halves(z, M, N)
-        low_r, high_r = halves(zr, M, N)
-        r, n, u, a, b, ed = ratio_parts(low, low_r, m, pivot_d, M, N // 2, PARTS // 2)
-        r2, n2, u2, a2, b2, ed2 = ratio_parts(high, high_r, m, pivot_d, M, N // 2, PARTS // 2)
-        return r + r2, n + n2, u + u2, a + a2, b + b2, ed + ed2
-    else:
-        return ratio_terms(z - m[:, None], (zr - z) - pivot_d[:, None], zr - (pivot_d + m)[:, None])
+    return tl.where(small, close, b - ed), b, ed
 
 
 @triton.jit
 def divergence(r, a, b, ed, other):
     """KL of a set's distribution from another's, and the log of the other's mass over its own, relative to the pivot.
 
-    With d the log ratio, other minus own, less the pivot's: A = sum e (expm1 d - d), B = sum e expm1 d, D = sum e d,
-    s = 1 + r the mass, other the log-mass of the other less its logit at the pivot. Near: KL = A/s - (B/s -
+    a, b, ed: sums of `ratio_terms`; s = 1 + r the own mass, other the log of the other's. Near: KL = A/s - (B/s -
     log1p(B/s)), in which nothing cancels; elsewhere by log-masses.
     """
     q = b / (1 + r)
@@ -157,11 +138,28 @@ def divergence(r, a, b, ed, other):
 
 
 @triton.jit
-def ratio_sums(z, zr, other, M: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr):
-    """mass_sums of z, then KL from zr's distribution and zr's log-mass less that of z; other [M]: zr's log-mass."""
-    m = tl.max(z, 1)
-    pivot_d = tl.max(tl.where(z == m[:, None], zr - z, float("-inf")), 1)  # of several tops that with the largest ratio
-    r, n, u, a, b, ed = ratio_parts(z, zr, m, pivot_d, M, N, PARTS)
-    r += n - 1
-    kl, growth = divergence(r, a, b, ed, other - (pivot_d + m))
-    return m, r, u, kl, growth + pivot_d
+def ratio(z, zr, m, r, other):
+    """KL of z [M, N] from zr's distribution, and zr's log-mass less z's; m, r of `without_top`, other zr's log-mass."""
+    mr = tl.max(tl.where(z == m[:, None], zr, float("-inf")), 1)  # of several tops that with the largest ratio
+    d = (zr - z) - (mr - m)[:, None]
+    x = z - m[:, None]
+    e = tl.where((x == 0) & (d == 0), 0.0, exp(x))  # further pivots: their terms are 0 as well
+    a, b, ed = ratio_terms(e, d, zr - mr[:, None])
+    kl, growth = divergence(r, tl.sum(a, 1), tl.sum(b, 1), tl.sum(ed, 1), other - mr)
+    return kl, growth + (mr - m)
+
+
+@triton.jit
+def joined_ratio(lse, kl, difference, lse2, kl2, difference2):
+    """`ratio` of two sets together, from their log-masses, KLs and log ratios: the chain rule."""
+    swap = lse2 > lse
+    gap = -tl.abs(lse - lse2)
+    e = exp(gap)
+    pivot = tl.where(swap, difference2, difference)
+    d = tl.where(swap, difference, difference2) - pivot
+    y = gap + d
+    a, b, ed = ratio_terms(e, d, y)
+    other = tl.maximum(y, 0.0) + log1p(exp(-tl.abs(y)))
+    between, growth = divergence(e, a, b, ed, other)
+    within = (tl.where(swap, kl2, kl) + e * tl.where(swap, kl, kl2)) / (1 + e)
+    return within + between, growth + pivot

@@ -13,12 +13,14 @@ from rlhf_kernels.ops.logprob.triton_math import (
     LOWEST,
     divergence,
     exp,
+    halves,
+    joined_mass,
+    joined_ratio,
     log1p,
-    mass_parts,
-    mass_sums,
-    ratio_sums,
+    ratio,
     ratio_terms,
     shaped,
+    without_top,
 )
 
 TOP, SUM, MOMENT, REF_TOP, REF_SUM, DIFFERENCE, KL, RKL = (tl.constexpr(i) for i in range(8))
@@ -33,11 +35,81 @@ def masked(raw, bias, scale, softcap, cooling, left, N: tl.constexpr, CAPPED: tl
 
 @triton.jit
 def store_target(z, at, row, target, rows, N: tl.constexpr):
-    """at [rows] = z [M, N] in column target [M] where that lies in 0 .. N; most tiles hold no row's target."""
+    """at [rows] = z [M, N] in column target [M] where that lies in 0 .. N."""
+    hit = tl.arange(0, N)[None, :] == target[:, None]
     here = (target >= 0) & (target < N) & (row < rows)
-    if tl.max(here.to(tl.int32)) > 0:
-        hit = tl.arange(0, N)[None, :] == target[:, None]
-        tl.store(at + row, tl.max(tl.where(hit, z, float("-inf")), 1), mask=here)
+    tl.store(at + row, tl.max(tl.where(hit, z, float("-inf")), 1), mask=here)
+
+
+@triton.jit
+def alone(raw, at, has_target, bias, target, cooling, row, rows, column, columns, scale, softcap, M: tl.constexpr,
+          N: tl.constexpr, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """Top and `without_top` of raw logits [M, N], columns from `column` on, in PARTS parts."""
+    if PARTS > 1:
+        low, high = halves(raw, M, N)
+        m, r, u = alone(low, at, has_target, bias, target, cooling, row, rows, column, columns, scale, softcap, M,
+                        N // 2, HAS_BIAS, CAPPED, PARTS // 2)  # fmt: skip
+        m2, r2, u2 = alone(high, at, has_target, bias, target, cooling, row, rows, column + N // 2, columns, scale,
+                           softcap, M, N // 2, HAS_BIAS, CAPPED, PARTS // 2)  # fmt: skip
+        return joined_mass(m, r, u, m2, r2, u2)
+    else:
+        b = bias_of(bias, column, columns, N, HAS_BIAS)
+        z = masked(raw, b, scale, softcap, cooling, columns - column, N, CAPPED)
+        if has_target:
+            store_target(z, at, row, target - column, rows, N)
+        m = tl.max(z, 1)
+        r, u = without_top(z, m)
+        return m, r, u
+
+
+@triton.jit
+def together(
+    raw, raw_ref, at, ref_at, has_target, bias, target, cooling, row, rows, column, columns, scale, softcap,
+    M: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, WITH_KL: tl.constexpr,
+    WITH_RKL: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """(m, r, u) of the policy, (m, r) of the reference, KL, reverse KL and the log ratio of their masses, of raw logits
+    [M, N]. Each part has pivots of its own, which keeps the registers of the parts apart; 0 for what is not asked for.
+    """
+    if PARTS > 1:
+        low, high = halves(raw, M, N)
+        low_ref, high_ref = halves(raw_ref, M, N)
+        m, r, u, mr, rr, kl, rkl, d = together(
+            low, low_ref, at, ref_at, has_target, bias, target, cooling, row, rows, column, columns, scale, softcap,
+            M, N // 2, HAS_BIAS, CAPPED, WITH_KL, WITH_RKL, PARTS // 2,
+        )  # fmt: skip
+        m2, r2, u2, mr2, rr2, kl2, rkl2, d2 = together(
+            high, high_ref, at, ref_at, has_target, bias, target, cooling, row, rows, column + N // 2, columns, scale,
+            softcap, M, N // 2, HAS_BIAS, CAPPED, WITH_KL, WITH_RKL, PARTS // 2,
+        )  # fmt: skip
+        reverse = d
+        if WITH_RKL:
+            rkl, reverse = joined_ratio(mr + log1p(rr), rkl, -d, mr2 + log1p(rr2), rkl2, -d2)
+            reverse = -reverse
+        if WITH_KL:
+            kl, d = joined_ratio(m + log1p(r), kl, d, m2 + log1p(r2), kl2, d2)
+        else:
+            d = reverse
+        m, r, u = joined_mass(m, r, u, m2, r2, u2)
+        mr, rr, _ = joined_mass(mr, rr, rr, mr2, rr2, rr2)
+        return m, r, u, mr, rr, kl, rkl, d
+    else:
+        b = bias_of(bias, column, columns, N, HAS_BIAS)
+        z = masked(raw, b, scale, softcap, cooling, columns - column, N, CAPPED)
+        zr = masked(raw_ref, b, scale, softcap, cooling, columns - column, N, CAPPED)
+        if has_target:
+            store_target(z, at, row, target - column, rows, N)
+            store_target(zr, ref_at, row, target - column, rows, N)
+        m, mr = tl.max(z, 1), tl.max(zr, 1)
+        r, u = without_top(z, m)
+        rr, _ = without_top(zr, mr)
+        kl, rkl, d = r * 0, r * 0, r * 0
+        if WITH_RKL:
+            rkl, d = ratio(zr, z, mr, rr, m + log1p(r))
+            d = -d
+        if WITH_KL:
+            kl, d = ratio(z, zr, m, r, mr + log1p(rr))
+        return m, r, u, mr, rr, kl, rkl, d
 
 
 @triton.jit
@@ -47,33 +119,26 @@ def record(
     WITH_KL: tl.constexpr, WITH_RKL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Stores the record of raw logits [M, N] of columns from `column` on; row, target [M]."""
-    b = bias_of(bias, column, columns, N, HAS_BIAS)
-    z = masked(raw, b, scale, softcap, cooling, columns - column, N, CAPPED)
-    store_target(z, at, row, target - column, rows, N)
     inside = row < rows
     place = out + tile * rows + row.to(tl.int64)
     field = rows * tiles
+    has_target = tl.max((inside & (target >= column) & (target < column + N)).to(tl.int32)) > 0  # in few tiles
     if REFERENCE:
-        zr = masked(raw_ref, b, scale, softcap, cooling, columns - column, N, CAPPED)
-        store_target(zr, ref_at, row, target - column, rows, N)
-        if WITH_RKL:
-            m, r, u = mass_sums(z, M, N, PARTS)
-            mr, rr, _, rkl, difference = ratio_sums(zr, z, m + log1p(r), M, N, PARTS)
-            difference = -difference
-            tl.store(place + field * RKL, rkl, mask=inside)
-        else:
-            mr, rr, _ = mass_sums(zr, M, N, PARTS)
-        if WITH_KL:
-            m, r, u, kl, difference = ratio_sums(z, zr, mr + log1p(rr), M, N, PARTS)
-            tl.store(place + field * KL, kl, mask=inside)
-        elif not WITH_RKL:
-            m, r, u = mass_sums(z, M, N, PARTS)
+        m, r, u, mr, rr, kl, rkl, d = together(
+            raw, raw_ref, at, ref_at, has_target, bias, target, cooling, row, rows, column, columns, scale, softcap,
+            M, N, HAS_BIAS, CAPPED, WITH_KL, WITH_RKL, PARTS,
+        )  # fmt: skip
         tl.store(place + field * REF_TOP, mr, mask=inside)
         tl.store(place + field * REF_SUM, rr, mask=inside)
         if WITH_KL or WITH_RKL:
-            tl.store(place + field * DIFFERENCE, difference, mask=inside)
+            tl.store(place + field * DIFFERENCE, d, mask=inside)
+        if WITH_KL:
+            tl.store(place + field * KL, kl, mask=inside)
+        if WITH_RKL:
+            tl.store(place + field * RKL, rkl, mask=inside)
     else:
-        m, r, u = mass_sums(z, M, N, PARTS)
+        m, r, u = alone(raw, at, has_target, bias, target, cooling, row, rows, column, columns, scale, softcap, M, N,
+                        HAS_BIAS, CAPPED, PARTS)  # fmt: skip
     tl.store(place + field * TOP, m, mask=inside)
     tl.store(place + field * SUM, r, mask=inside)
     tl.store(place + field * MOMENT, u, mask=inside)
@@ -129,13 +194,13 @@ def log_masses(m, r, at, here):
     """Of a row's tiles [M, T]: each log-mass; and [M] log-mass and log-mass without the target of all."""
     lse = m + log1p(r)
     top = tl.max(lse, 1)
-    e, n, _ = mass_parts(lse, top, 1, 1, 1)
+    mass, _ = without_top(lse, top)
     # with the target on top r is the rest; else s >= 1 + its share, and the subtraction loses at most one bit
     left = tl.where(at[:, None] == m, r, 1 + r - exp(tl.where(here, at[:, None] - m, 0.0)))
     others = tl.where(here, tl.where(left > 0, m + tl.log(left), tl.where(left == left, LOWEST, left)), lse)
     peak = tl.max(others, 1)
     rest = peak + tl.log(tl.sum(exp(others - peak[:, None]), 1))
-    return lse, top + log1p(e + (n - 1)), tl.where(rest < LOWEST, LOWEST, rest)
+    return lse, top + log1p(mass), tl.where(rest < LOWEST, LOWEST, rest)
 
 
 @triton.jit
@@ -143,12 +208,15 @@ def chain(mine, other, difference, inner, whole):
     """Divergence of a row's tiles [M, T] by the chain rule, from log-masses, log ratios and divergences within: (sum of
     shares * inner + that of the masses, log ratio of the whole); whole [M]: the log-mass of all."""
     top = tl.max(mine, 1)
-    pivot_d = tl.max(tl.where(mine == top[:, None], difference, float("-inf")), 1)
+    x = mine - top[:, None]
+    pivot_d = tl.max(tl.where(x == 0, difference, float("-inf")), 1)
+    d = difference - pivot_d[:, None]
     y = other - (pivot_d + top)[:, None]
-    r, n, _, a, b, ed = ratio_terms(mine - top[:, None], difference - pivot_d[:, None], y)
-    r += n - 1
+    r, _ = without_top(mine, top)
+    a, b, ed = ratio_terms(tl.where((x == 0) & (d == 0), 0.0, exp(x)), d, y)
     peak = tl.max(y, 1)
-    kl, growth = divergence(r, a, b, ed, peak + tl.log(tl.sum(exp(y - peak[:, None]), 1)))
+    masses = peak + tl.log(tl.sum(exp(y - peak[:, None]), 1))
+    kl, growth = divergence(r, tl.sum(a, 1), tl.sum(b, 1), tl.sum(ed, 1), masses)
     return tl.sum(exp(mine - whole[:, None]) * inner, 1) + kl, growth + pivot_d
 
 
@@ -177,8 +245,7 @@ def merge(
     u = load_tiles(records, MOMENT, row, rows, tile, tiles, 0.0)
     lse, whole, rest = log_masses(m, r, z_y, here)
     within = tl.sum(exp(lse - whole[:, None]) * (log1p(r) - u / (1 + r)), 1)
-    mass, n, moment = mass_parts(lse, tl.max(lse, 1), 1, 1, 1)
-    mass += n - 1
+    mass, moment = without_top(lse, tl.max(lse, 1))
     entropy = within + log1p(mass) - moment / (1 + mass)
     tl.store(place, whole, mask=inside)
     tl.store(place + rows, rest, mask=inside)
@@ -191,15 +258,15 @@ def merge(
         ref_lse, ref_whole, ref_rest = log_masses(mr, rr, z_y, here)
         difference = ref_whole - whole
         if WITH_KL or WITH_RKL:
-            ratio = load_tiles(records, DIFFERENCE, row, rows, tile, tiles, 0.0)
+            ratios = load_tiles(records, DIFFERENCE, row, rows, tile, tiles, 0.0)
         if WITH_RKL:
             inner = load_tiles(records, RKL, row, rows, tile, tiles, 0.0)
-            rkl, difference = chain(ref_lse, lse, -ratio, inner, ref_whole)
+            rkl, difference = chain(ref_lse, lse, -ratios, inner, ref_whole)
             difference = -difference
             tl.store(place + 9 * rows, rkl, mask=inside)
         if WITH_KL:
             inner = load_tiles(records, KL, row, rows, tile, tiles, 0.0)
-            kl, difference = chain(lse, ref_lse, ratio, inner, whole)
+            kl, difference = chain(lse, ref_lse, ratios, inner, whole)
             tl.store(place + 8 * rows, kl, mask=inside)
         tl.store(place + 4 * rows, ref_whole, mask=inside)
         tl.store(place + 5 * rows, ref_rest, mask=inside)
