@@ -91,6 +91,17 @@ def halves(x, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def part(x, i, M: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr):
+    """Columns i N / PARTS and on of x [M, N], N / PARTS of them: selected, as registers cannot be indexed."""
+    if PARTS == 1:
+        return x
+    else:
+        low, high = halves(x, M, N)
+        return tl.where(i < PARTS // 2, part(low, i, M, N // 2, PARTS // 2),
+                        part(high, i - PARTS // 2, M, N // 2, PARTS // 2))  # fmt: skip
+
+
+@triton.jit
 def without_top(z, m):
     """(r, u): sums of e^(z-m) and e^(z-m) (z-m) over all columns but one of the tops m [M] of z [M, N]."""
     x = z - m[:, None]

@@ -1,8 +1,9 @@
 """The head's GEMM with the statistics in its epilogue, for scoring: each tile of fp32 logits leaves a few numbers a row.
 
-Policy and reference tiles that share W are computed together. A tile's record, fp32 [fields, tiles, rows]: top m, sums
-r = sum e^(z-m) and u = sum e^(z-m) (z-m) without the top; of the reference m and r; the log-mass of the reference less
-the policy's, KL and reverse KL within the tile. `merge` joins a row's tiles by the chain rule (see `state`) in fp64.
+Two sides (policy and reference; for the reverse KL the other way round) are computed together and share W. A tile's
+record, fp32 [fields, tiles, rows]: of each side the top m and, without the top, r = sum e^(z-m), u = sum e^(z-m) (z-m);
+the second's log-mass less the first's, and KL(first || second) within the tile. `merge` joins a row's tiles by the
+chain rule (see `state`) in fp64.
 """
 
 import triton
@@ -17,13 +18,14 @@ from rlhf_kernels.ops.logprob.triton_math import (
     joined_mass,
     joined_ratio,
     log1p,
+    part,
     ratio,
     ratio_terms,
     shaped,
     without_top,
 )
 
-TOP, SUM, MOMENT, REF_TOP, REF_SUM, DIFFERENCE, KL, RKL = (tl.constexpr(i) for i in range(8))
+TOP, SUM, MOMENT, REF_TOP, REF_SUM, REF_MOMENT, DIFFERENCE, KL = (tl.constexpr(i) for i in range(8))
 
 
 @triton.jit
@@ -66,57 +68,37 @@ def alone(raw, at, has_target, bias, target, cooling, row, rows, column, columns
 def together(
     raw, raw_ref, at, ref_at, has_target, bias, target, cooling, row, rows, column, columns, scale, softcap,
     M: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, WITH_KL: tl.constexpr,
-    WITH_RKL: tl.constexpr, PARTS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """(m, r, u) of the policy, (m, r) of the reference, KL, reverse KL and the log ratio of their masses, of raw logits
-    [M, N]. Each part has pivots of its own, which keeps the registers of the parts apart; 0 for what is not asked for.
-    """
-    if PARTS > 1:
-        low, high = halves(raw, M, N)
-        low_ref, high_ref = halves(raw_ref, M, N)
-        m, r, u, mr, rr, kl, rkl, d = together(
-            low, low_ref, at, ref_at, has_target, bias, target, cooling, row, rows, column, columns, scale, softcap,
-            M, N // 2, HAS_BIAS, CAPPED, WITH_KL, WITH_RKL, PARTS // 2,
-        )  # fmt: skip
-        m2, r2, u2, mr2, rr2, kl2, rkl2, d2 = together(
-            high, high_ref, at, ref_at, has_target, bias, target, cooling, row, rows, column + N // 2, columns, scale,
-            softcap, M, N // 2, HAS_BIAS, CAPPED, WITH_KL, WITH_RKL, PARTS // 2,
-        )  # fmt: skip
-        reverse = d
-        if WITH_RKL:
-            rkl, reverse = joined_ratio(mr + log1p(rr), rkl, -d, mr2 + log1p(rr2), rkl2, -d2)
-            reverse = -reverse
-        if WITH_KL:
-            kl, d = joined_ratio(m + log1p(r), kl, d, m2 + log1p(r2), kl2, d2)
-        else:
-            d = reverse
-        m, r, u = joined_mass(m, r, u, m2, r2, u2)
-        mr, rr, _ = joined_mass(mr, rr, rr, mr2, rr2, rr2)
-        return m, r, u, mr, rr, kl, rkl, d
-    else:
-        b = bias_of(bias, column, columns, N, HAS_BIAS)
-        z = masked(raw, b, scale, softcap, cooling, columns - column, N, CAPPED)
-        zr = masked(raw_ref, b, scale, softcap, cooling, columns - column, N, CAPPED)
+    """The same of two sides, then KL(first || second) and the log ratio of the second's mass to the first's (0 without
+    WITH_KL). A loop, because two accumulators leave no registers to work on several parts at once."""
+    m = tl.full((M,), LOWEST, tl.float32)
+    r, u, mr, rr, ur, kl, d = m * 0, m * 0, m, m * 0, m * 0, m * 0, m * 0
+    WIDE: tl.constexpr = N // PARTS
+    for i in range(PARTS):
+        start = column + i * WIDE
+        b = bias_of(bias, start, columns, WIDE, HAS_BIAS)
+        z = masked(part(raw, i, M, N, PARTS), b, scale, softcap, cooling, columns - start, WIDE, CAPPED)
+        zr = masked(part(raw_ref, i, M, N, PARTS), b, scale, softcap, cooling, columns - start, WIDE, CAPPED)
         if has_target:
-            store_target(z, at, row, target - column, rows, N)
-            store_target(zr, ref_at, row, target - column, rows, N)
-        m, mr = tl.max(z, 1), tl.max(zr, 1)
-        r, u = without_top(z, m)
-        rr, _ = without_top(zr, mr)
-        kl, rkl, d = r * 0, r * 0, r * 0
-        if WITH_RKL:
-            rkl, d = ratio(zr, z, mr, rr, m + log1p(r))
-            d = -d
+            store_target(z, at, row, target - start, rows, WIDE)
+            store_target(zr, ref_at, row, target - start, rows, WIDE)
+        top, ref_top = tl.max(z, 1), tl.max(zr, 1)
+        rest, moment = without_top(z, top)
+        ref_rest, ref_moment = without_top(zr, ref_top)
         if WITH_KL:
-            kl, d = ratio(z, zr, m, r, mr + log1p(rr))
-        return m, r, u, mr, rr, kl, rkl, d
+            part_kl, part_d = ratio(z, zr, top, rest, ref_top + log1p(ref_rest))
+            kl, d = joined_ratio(m + log1p(r), kl, d, top + log1p(rest), part_kl, part_d)
+        m, r, u = joined_mass(m, r, u, top, rest, moment)
+        mr, rr, ur = joined_mass(mr, rr, ur, ref_top, ref_rest, ref_moment)
+    return m, r, u, mr, rr, ur, kl, d
 
 
 @triton.jit
 def record(
     raw, raw_ref, out, at, ref_at, bias, target, cooling, row, rows, column, columns, tile, tiles, scale, softcap,
     M: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, REFERENCE: tl.constexpr,
-    WITH_KL: tl.constexpr, WITH_RKL: tl.constexpr, PARTS: tl.constexpr,
+    WITH_KL: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Stores the record of raw logits [M, N] of columns from `column` on; row, target [M]."""
     inside = row < rows
@@ -124,18 +106,16 @@ def record(
     field = rows * tiles
     has_target = tl.max((inside & (target >= column) & (target < column + N)).to(tl.int32)) > 0  # in few tiles
     if REFERENCE:
-        m, r, u, mr, rr, kl, rkl, d = together(
+        m, r, u, mr, rr, ur, kl, d = together(
             raw, raw_ref, at, ref_at, has_target, bias, target, cooling, row, rows, column, columns, scale, softcap,
-            M, N, HAS_BIAS, CAPPED, WITH_KL, WITH_RKL, PARTS,
+            M, N, HAS_BIAS, CAPPED, WITH_KL, PARTS,
         )  # fmt: skip
         tl.store(place + field * REF_TOP, mr, mask=inside)
         tl.store(place + field * REF_SUM, rr, mask=inside)
-        if WITH_KL or WITH_RKL:
-            tl.store(place + field * DIFFERENCE, d, mask=inside)
+        tl.store(place + field * REF_MOMENT, ur, mask=inside)
         if WITH_KL:
+            tl.store(place + field * DIFFERENCE, d, mask=inside)
             tl.store(place + field * KL, kl, mask=inside)
-        if WITH_RKL:
-            tl.store(place + field * RKL, rkl, mask=inside)
     else:
         m, r, u = alone(raw, at, has_target, bias, target, cooling, row, rows, column, columns, scale, softcap, M, N,
                         HAS_BIAS, CAPPED, PARTS)  # fmt: skip
@@ -149,7 +129,7 @@ def statistics(
     x, ref, w, ref_w, out, at, ref_at, bias, target, temperature, s, b,
     rows, columns, width, rank, stride_x, stride_ref, stride_w, stride_ref_w, scale, softcap,
     HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, RANK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
-    REFERENCE: tl.constexpr, OWN: tl.constexpr, WITH_KL: tl.constexpr, WITH_RKL: tl.constexpr, FLATTEN: tl.constexpr,
+    REFERENCE: tl.constexpr, OWN: tl.constexpr, WITH_KL: tl.constexpr, FLATTEN: tl.constexpr,
     PARTS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, RANK_DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -185,7 +165,7 @@ def statistics(
         y = tl.load(target + row, mask=row < rows, other=-1).to(tl.int32)
         cooling = 1 / tl.load(temperature + row, mask=row < rows, other=1.0)
         record(acc, acc_ref, out, at, ref_at, bias, y, cooling, row, rows, column_start, columns, tile_n,
-               tiles_n, scale, softcap, BM, BN, HAS_BIAS, CAPPED, REFERENCE, WITH_KL, WITH_RKL,
+               tiles_n, scale, softcap, BM, BN, HAS_BIAS, CAPPED, REFERENCE, WITH_KL,
                PARTS)  # fmt: skip
 
 
@@ -228,47 +208,55 @@ def load_tiles(record, field, row, rows, tile, tiles, other):
 
 
 @triton.jit
+def entropy_of(m, r, u, lse, whole):
+    """Entropy of a row's tiles [M, T] by the chain rule."""
+    within = tl.sum(exp(lse - whole[:, None]) * (log1p(r) - u / (1 + r)), 1)
+    mass, moment = without_top(lse, tl.max(lse, 1))
+    return within + log1p(mass) - moment / (1 + mass)
+
+
+@triton.jit
 def merge(
     records, at, ref_at, target, state, rows, tiles, REFERENCE: tl.constexpr, WITH_KL: tl.constexpr,
-    WITH_RKL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    SWAPPED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """state fp64 [10, rows] (rows as named in `state`) from records of tiles of COLUMNS columns; TILES >= tiles."""
+    """state fp64 [10, rows] (rows as named in `state`) from records of tiles of COLUMNS columns; TILES >= tiles.
+
+    SWAPPED: the first side is the reference, and KL the reverse one.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tile = tl.arange(0, TILES)
     inside = row < rows
     y = tl.load(target + row, mask=inside, other=-1)
     here = (y >= 0)[:, None] & ((y // COLUMNS)[:, None] == tile[None, :])
-    place = state + row
+    first, second = state + row, state + 4 * rows + row
+    if SWAPPED:
+        first, second = second, first
     z_y = tl.load(at + row, mask=inside, other=0.0).to(tl.float64)
     m = load_tiles(records, TOP, row, rows, tile, tiles, LOWEST)
     r = load_tiles(records, SUM, row, rows, tile, tiles, 0.0)
-    u = load_tiles(records, MOMENT, row, rows, tile, tiles, 0.0)
     lse, whole, rest = log_masses(m, r, z_y, here)
-    within = tl.sum(exp(lse - whole[:, None]) * (log1p(r) - u / (1 + r)), 1)
-    mass, moment = without_top(lse, tl.max(lse, 1))
-    entropy = within + log1p(mass) - moment / (1 + mass)
-    tl.store(place, whole, mask=inside)
-    tl.store(place + rows, rest, mask=inside)
-    tl.store(place + 2 * rows, z_y, mask=inside)
-    tl.store(place + 3 * rows, entropy, mask=inside)
+    tl.store(first, whole, mask=inside)
+    tl.store(first + rows, rest, mask=inside)
+    tl.store(first + 2 * rows, z_y, mask=inside)
+    if not SWAPPED:
+        u = load_tiles(records, MOMENT, row, rows, tile, tiles, 0.0)
+        tl.store(state + 3 * rows + row, entropy_of(m, r, u, lse, whole), mask=inside)
     if REFERENCE:
         z_y = tl.load(ref_at + row, mask=inside, other=0.0).to(tl.float64)
-        mr = load_tiles(records, REF_TOP, row, rows, tile, tiles, LOWEST)
-        rr = load_tiles(records, REF_SUM, row, rows, tile, tiles, 0.0)
-        ref_lse, ref_whole, ref_rest = log_masses(mr, rr, z_y, here)
-        difference = ref_whole - whole
-        if WITH_KL or WITH_RKL:
-            ratios = load_tiles(records, DIFFERENCE, row, rows, tile, tiles, 0.0)
-        if WITH_RKL:
-            inner = load_tiles(records, RKL, row, rows, tile, tiles, 0.0)
-            rkl, difference = chain(ref_lse, lse, -ratios, inner, ref_whole)
-            difference = -difference
-            tl.store(place + 9 * rows, rkl, mask=inside)
+        m = load_tiles(records, REF_TOP, row, rows, tile, tiles, LOWEST)
+        r = load_tiles(records, REF_SUM, row, rows, tile, tiles, 0.0)
+        other, other_whole, rest = log_masses(m, r, z_y, here)
+        tl.store(second, other_whole, mask=inside)
+        tl.store(second + rows, rest, mask=inside)
+        tl.store(second + 2 * rows, z_y, mask=inside)
+        if SWAPPED:
+            u = load_tiles(records, REF_MOMENT, row, rows, tile, tiles, 0.0)
+            tl.store(state + 3 * rows + row, entropy_of(m, r, u, other, other_whole), mask=inside)
+        difference = other_whole - whole
         if WITH_KL:
+            ratios = load_tiles(records, DIFFERENCE, row, rows, tile, tiles, 0.0)
             inner = load_tiles(records, KL, row, rows, tile, tiles, 0.0)
-            kl, difference = chain(lse, ref_lse, ratios, inner, whole)
-            tl.store(place + 8 * rows, kl, mask=inside)
-        tl.store(place + 4 * rows, ref_whole, mask=inside)
-        tl.store(place + 5 * rows, ref_rest, mask=inside)
-        tl.store(place + 6 * rows, z_y, mask=inside)
-        tl.store(place + 7 * rows, difference, mask=inside)
+            kl, difference = chain(lse, other, ratios, inner, whole)
+            tl.store(state + (9 if SWAPPED else 8) * rows + row, kl, mask=inside)
+        tl.store(state + 7 * rows + row, -difference if SWAPPED else difference, mask=inside)

@@ -108,19 +108,28 @@ class Exponentials:
 
 
 class Scores:
-    """States of groups of rows, `rows_at_once` at a time so that the tiles' records stay within RECORD_BYTES."""
+    """States of groups of rows, `rows_at_once` at a time so that the tiles' records stay within RECORD_BYTES.
+
+    rkl: the reverse KL instead of KL; the kernel then takes the reference for its first side.
+    """
 
     def __init__(self, head: Head, reference: bool, kl: bool, rkl: bool) -> None:
-        self.head, self.options = head, {"REFERENCE": reference, "WITH_KL": kl, "WITH_RKL": rkl}
-        self.weight = same_dtype(head.weight, head.x)
-        self.ref = head.ref if reference else None
-        own = reference and head.ref_weight is not None
-        self.ref_weight = same_dtype(head.ref_weight, head.x) if own else None  # type: ignore[arg-type]
-        matrices = [m for m in (head.x, self.weight, self.ref, self.ref_weight) if m is not None]
-        self.columns, self.width = self.weight.shape
+        self.head, self.swapped = head, rkl
+        self.options = {"REFERENCE": reference, "WITH_KL": kl or rkl}
+        weight = same_dtype(head.weight, head.x)
+        other = head.ref_weight if reference else None
+        self.own = other is not None
+        sides = [(head.x, weight), (head.ref if reference else None, None if other is None else same_dtype(other, head.x))]
+        (self.x, self.weight), (self.ref, self.ref_weight) = sides
+        if rkl:
+            self.x, self.ref = self.ref, self.x
+            if self.own:
+                self.weight, self.ref_weight = self.ref_weight, self.weight
+        matrices = [m for side in sides for m in side if m is not None]
+        self.columns, self.width = weight.shape
         self.tile = tile_for(PAIRS if reference else SCORES, head.x.device, *matrices)
         self.tiles = cdiv(self.columns, self.tile.bn)
-        self.fields = 3 if not reference else 5 if not (kl or rkl) else 7 if not rkl else 8
+        self.fields = 8 if kl or rkl else 6 if reference else 3
         fit = RECORD_BYTES // (4 * self.fields * self.tiles * self.tile.bm)
         groups = cdiv(cdiv(head.rows, self.tile.bm), max(1, fit))
         self.rows_at_once = self.tile.bm * cdiv(cdiv(head.rows, self.tile.bm), groups)
@@ -128,27 +137,25 @@ class Scores:
     def run(self, first: int) -> Tensor:
         """The state fp64 [10, rows] of the rows from `first` on."""
         head, tile, some = self.head, self.tile, slice(first, first + self.rows_at_once)
-        x, target, device = head.x[some], head.target[some], head.x.device
-        ref = None if self.ref is None else self.ref[some]
-        rows = len(x)
+        target, device = head.target[some], head.x.device
+        x, ref = (None if m is None else m[some] for m in (self.x, self.ref))
+        rows = len(target)
         records = torch.empty(self.fields, self.tiles, rows, dtype=torch.float32, device=device)
-        found = torch.full((2, rows), float("-inf"), dtype=torch.float32, device=device)
-        tiles = cdiv(rows, tile.bm) * cdiv(self.columns, tile.bn)
+        at, ref_at = torch.full((2, rows), float("-inf"), dtype=torch.float32, device=device)
         as_source = lambda m, rows: None if m is None else source(m, tile, rows, tile.bk)  # noqa: E731
         stride = lambda m: 0 if m is None else m.stride(0)  # noqa: E731
-        states.statistics[(min(processors(device), tiles),)](
+        states.statistics[(min(processors(device), cdiv(rows, tile.bm) * self.tiles),)](
             as_source(x, tile.bm), as_source(ref, tile.bm), as_source(self.weight, tile.bn),
-            as_source(self.ref_weight, tile.bn), records, found[0], found[1], head.bias, target,
-            head.temperature[some], None, None, rows, self.columns, self.width, 0, stride(x), stride(ref),
-            stride(self.weight), stride(self.ref_weight), head.scale, head.softcap, RANK=False,
-            OWN=self.ref_weight is not None, FLATTEN=tile.flatten, **self.options, **blocks(tile, self.width),
-            **shaping(head),
+            as_source(self.ref_weight, tile.bn), records, at, ref_at, head.bias, target, head.temperature[some], None,
+            None, rows, self.columns, self.width, 0, stride(x), stride(ref), stride(self.weight),
+            stride(self.ref_weight), head.scale, head.softcap, RANK=False, OWN=self.own, FLATTEN=tile.flatten,
+            **self.options, **blocks(tile, self.width), **shaping(head),
         )  # fmt: skip
         state = torch.zeros(10, rows, dtype=torch.float64, device=device)
         wide = next_power_of_2(self.tiles)
         together = max(1, 1024 // wide)
         states.merge[(cdiv(rows, together),)](
-            records, found[0], found[1], target, state, rows, self.tiles, COLUMNS=tile.bn, ROWS=together,
+            records, at, ref_at, target, state, rows, self.tiles, SWAPPED=self.swapped, COLUMNS=tile.bn, ROWS=together,
             TILES=wide, num_warps=8, **self.options,
         )  # fmt: skip
         return state

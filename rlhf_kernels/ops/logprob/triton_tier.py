@@ -22,7 +22,7 @@ class TritonTier:
         return shift, mass, target_z, pulled
 
     def states(self, head: Head, reference: bool, kl: bool, rkl: bool) -> Tensor | None:
-        if not _served(head):
+        if not _served(head) or (kl and rkl):  # both KLs in one epilogue would spill
             return None
         scores = Scores(head, reference, kl, rkl)
         parts = [scores.run(first) for first in range(0, head.rows, scores.rows_at_once)]
