@@ -5,7 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 // Rises with every change of a schema or of its meaning, here and in rlhf_kernels/ops/registry.py, which compares them.
-constexpr long kAbi = 1;
+constexpr long kAbi = 2;
 
 STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
   // logprob: row passes of the head over a block of logits, and the whole op for logits that are already there
@@ -21,6 +21,14 @@ STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
   m.def(
       "head_grad(Tensor(a!) z, Tensor(b!)? zr, Tensor target, Tensor? bias, Tensor temperature, float softcap, "
       "float scale, bool raw, Tensor coefficients, Tensor(c!)? scratch) -> ()");
+  m.def(
+      "head_tiles(Tensor x, Tensor? xr, Tensor w, Tensor? wr, Tensor target, Tensor? bias, Tensor temperature, "
+      "float softcap, float scale, bool kl, bool rkl, Tensor(a!)? state, Tensor(b!)? far, Tensor(c!)? shift, "
+      "Tensor(d!)? mass, Tensor(e!)? target_z, Tensor(f!)? pulled) -> int");
+  m.def("bf16_isa() -> int");
+  m.def("bf16_logits(Tensor x, Tensor w, Tensor(a!) out) -> ()");
+  m.def("bf16_pull(Tensor dz, Tensor w, Tensor(a!) total) -> ()");
+  m.def("bf16_outer(Tensor dz, Tensor x, Tensor(a!) out) -> ()");
   m.def(
       "logprob_rows(Tensor logits, Tensor target, Tensor temperature, int ignore_index, Tensor(a!) out) "
       "-> ()");

@@ -15,7 +15,7 @@ import rlhf_kernels
 from rlhf_kernels.ops import registry
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMAS = {1: "fdf2547aae7535c1"}  # ABI -> digest of the schemas that have it
+SCHEMAS = {1: "fdf2547aae7535c1", 2: "140d33c51ab2bcdc"}  # ABI -> digest of the schemas that have it
 ROW_KERNELS = ("mass_chunk", "ratio_chunk", "exp_chunk", "js_chunk", "grad_plain", "grad_ratio", "block_weights")
 
 built = pytest.mark.skipif(not registry.native_available(), reason="the compiled ops are not built")
@@ -60,18 +60,37 @@ def test_the_row_kernels_use_512_bit_registers_where_there_are_some(kernel):
     assert "%zmm" in code[kernel]
 
 
-def wide_clones() -> dict[str, str]:
-    """Function name -> disassembly of its x86-64-v4 version in the built ops."""
-    if not _DISASSEMBLED:
+@built
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the tile units are x86-64's")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump (binutils) is not installed")
+@pytest.mark.parametrize(("kernel", "instruction"), [("avx512_multiply", "vdpbf16ps"), ("amx_multiply", "tdpbf16ps")])
+def test_the_tile_kernels_use_the_bf16_units_and_keep_their_sums_in_registers(kernel, instruction):
+    code = re.search(rf"<[^>]*{kernel}\([^>]*\)>:\n(.*?)\n\n", disassembly(), flags=re.DOTALL)
+    assert code is not None
+    assert instruction in code[1]
+    spilled = [line for line in code[1].splitlines() if "%zmm" in line and re.search(r"\(%r[sb]p", line)]
+    assert not spilled
+
+
+def disassembly() -> str:
+    if not _WHOLE:
         done = subprocess.run(
             ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", rlhf_kernels._C.__file__],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
-        for block in done.stdout.split("\n\n"):
+        _WHOLE.append(done.stdout)
+    return _WHOLE[0]
+
+
+def wide_clones() -> dict[str, str]:
+    """Function name -> disassembly of its x86-64-v4 version in the built ops."""
+    if not _DISASSEMBLED:
+        for block in disassembly().split("\n\n"):
             title = re.match(r"[0-9a-f]+ <.*?(\w+)\(.*arch_x86_64_v4\]>:", block)
             if title:
                 _DISASSEMBLED[title[1]] = block
     return _DISASSEMBLED
 
 
+_WHOLE: list[str] = []
 _DISASSEMBLED: dict[str, str] = {}

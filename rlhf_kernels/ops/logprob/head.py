@@ -3,7 +3,7 @@ this rank's shard of the vocabulary; and its logits, a block of columns at a tim
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,24 +11,47 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_kernels.ops.logprob import state as st
-from rlhf_kernels.ops.logprob.native import row_passes
+from rlhf_kernels.ops.logprob.native import has_tiles, row_passes
 
 BLOCK_COLUMNS = 4096
 BLOCK_BYTES = 64 << 20  # of fp32 logits, policy and reference together
 MIN_COLUMNS = 64
+CACHED_COLUMNS = 1024  # on the CPU in bf16: there the products are fast enough for a block's way to memory to count
 
 
 def mm_fp32(x: Tensor, w: Tensor, out: Tensor) -> None:
     """out = x w^T with fp32 accumulation and result; operands as `operand` leaves them."""
     if x.dtype == torch.float32:
         torch.mm(x, w.t(), out=out)
+    elif x.device.type == "cpu":
+        torch.ops.rlhf_kernels.bf16_logits(x, w, out)
     else:
         out.copy_(torch.mm(x, w.t(), out_dtype=torch.float32))
 
 
+def pull(dz: Tensor, w: Tensor, total: Tensor) -> None:
+    """total fp32 += dz w with fp32 accumulation; dz fp32 takes w's dtype."""
+    if w.dtype == torch.float32:
+        total.addmm_(dz, w)
+    elif w.device.type == "cpu":
+        torch.ops.rlhf_kernels.bf16_pull(dz, w, total)
+    else:
+        total.add_(torch.mm(dz.to(w.dtype), w, out_dtype=torch.float32))
+
+
+def outer(dz: Tensor, x: Tensor, out: Tensor) -> None:
+    """out = dz^T x for rows of a weight's gradient, in the weight's dtype."""
+    if x.device.type == "cpu" and x.dtype == out.dtype == torch.bfloat16 and out.stride(1) == 1:
+        torch.ops.rlhf_kernels.bf16_outer(dz, x, out)
+    else:
+        out.copy_(dz.t() @ x.float())
+
+
 def operand(x: Tensor) -> Tensor:
-    """A GEMM operand: bf16 stays on CUDA (fp32 accumulators are at hand there), all else becomes fp32."""
-    return x if x.device.type == "cuda" and x.dtype == torch.bfloat16 else x.float()
+    """A GEMM operand: bf16 stays where products with fp32 accumulators are at hand, all else becomes fp32."""
+    if x.dtype != torch.bfloat16 or not (x.device.type == "cuda" or has_tiles(x)):
+        return x.float()
+    return x if x.device.type == "cuda" or x.stride(1) == 1 else x.contiguous()
 
 
 @dataclass
@@ -139,9 +162,16 @@ class Head:
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.x.device)
 
+    def of_rows(self, rows: Tensor) -> "Head":
+        """This head for some of its rows, int64 [n]; it must have no adapters and no saved logits."""
+        ref = None if self.ref is None else self.ref[rows]
+        target, temperature = self.target[rows], self.temperature[rows]
+        return replace(self, x=self.x[rows], ref=ref, target=target, temperature=temperature)
+
     def columns_per_block(self, sides: int) -> int:
         fits = BLOCK_BYTES // (4 * sides * max(1, self.rows))
-        return min(BLOCK_COLUMNS, max(MIN_COLUMNS, fits), max(1, self.weight.shape[0]))
+        most = CACHED_COLUMNS if self.x.device.type == "cpu" and self.x.dtype == torch.bfloat16 else BLOCK_COLUMNS
+        return min(most, max(MIN_COLUMNS, fits), max(1, self.weight.shape[0]))
 
     def blocks(self, reference: bool) -> Iterator[Block]:
         """Every block of logits, raw (without bias, scale, softcap, temperature) unless they were saved."""
@@ -196,10 +226,7 @@ class Pullback:
         self.s = [torch.zeros_like(adapter.s) for adapter in head.low_rank]
 
     def add(self, dz: Tensor, block: Block) -> None:
-        if block.weight.dtype == torch.float32:
-            self.total.addmm_(dz, block.weight)
-        else:
-            self.total.add_(torch.mm(dz.to(block.weight.dtype), block.weight, out_dtype=torch.float32))
+        pull(dz, block.weight, self.total)
         for adapter, s in zip(self.head.low_rank, self.s):
             s.add_(adapter.of_rows(dz) @ adapter.b[block.start : block.stop])
 

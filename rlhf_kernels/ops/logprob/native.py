@@ -18,6 +18,13 @@ def row_passes(device: torch.device):
     return rows
 
 
+def has_tiles(x: Tensor) -> bool:
+    """Whether this machine multiplies x, bf16 on the CPU, with fp32 sums: AMX or AVX512-BF16 (see csrc/cpu/bf16_tile.h;
+    RLHF_KERNELS_CPU_ISA=amx|avx512_bf16|portable asks for less, once, before the first use)."""
+    here = AVAILABLE and x.device.type == "cpu" and x.dtype == torch.bfloat16
+    return here and torch.ops.rlhf_kernels.bf16_isa() > 0
+
+
 def logprob_rows(logits: Tensor, target: Tensor, temperature: Tensor, ignore_index: int, out: Tensor) -> None:
     """out fp32 [5, N]: logprob, lse, entropy, 1 - p_target, and what lse lost by rounding, of logits [N, V]."""
     torch.ops.rlhf_kernels.logprob_rows(logits, target, temperature, ignore_index, out)

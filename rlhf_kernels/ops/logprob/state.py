@@ -5,6 +5,8 @@ KL. Nothing is subtracted that is close to equal, so merging in any number of st
 of one sweep and shards of several ranks merge by the same rule.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,23 @@ LSE, REST, TARGET, ENTROPY, REF_LSE, REF_REST, REF_TARGET, DIFFERENCE, KL, RKL =
 # the reference; log-mass of the reference minus the policy's; KL(policy || reference) and the reverse within the set
 
 BACKWARD = ("lse", "ratio", "entropy", "kl", "kl_mean", "miss")  # what backward needs, [6, rows]
+
+
+class Parts(NamedTuple):
+    """What the vector d logprob / d hidden is made of, with E' = e^(z - shift) without the target's column."""
+
+    shift: Tensor  # fp32 [R]
+    mass: Tensor  # fp64 [R]: sum of E'
+    target_z: Tensor  # fp64 [R]: the target's z, -inf where it is not among the head's columns
+    pulled: Tensor  # fp32 [R, H]: (E' times the softcap's derivative) W
+
+
+class Swept(NamedTuple):
+    """What a sweep over the head's columns found; None where it was not asked for, or where the blocks are to do it."""
+
+    state: Tensor | None  # fp64 [10, R], rows as named in `state`
+    parts: Parts | None
+    void: Tensor | None = None  # int64: rows whose state is to be made anew, by blocks
 
 
 def _binary_kl(log_a: Tensor, log_b: Tensor, diff_a: Tensor, diff_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.ops.logprob import state as st
-from rlhf_kernels.ops.logprob.head import Head, Pullback
+from rlhf_kernels.ops.logprob.head import Head, Pullback, outer
 from rlhf_kernels.ops.logprob.tier import fused
 
 
@@ -20,26 +20,28 @@ def statistics(
     full: entropy or reference fields are asked for (without, the state's log-masses and target suffice).
     keep: [1 or 2, R, V], filled with z (and zr).
     """
-    total, parts = None, None
+    states = full or not grad
     tier = fused(head) if keep is None else None
-    if tier is not None and (full or not grad):
-        total = tier.states(head, reference, kl, rkl)
-    if tier is not None and grad:
-        parts = tier.exponentials(head)
-    if (total is None and (full or not grad)) or (parts is None and grad):
-        blocks = _blocks(head, reference, kl, rkl, total is None and (full or not grad), parts is None and grad, keep)
-        total = total if total is not None else blocks[0]
-        parts = parts if parts is not None else blocks[1]
+    found = st.Swept(None, None) if tier is None else tier.sweep(head, reference, kl, rkl, states, grad)
+    total, parts, void = found
+    if void is not None and total is not None:
+        again, _ = _blocks(head.of_rows(void), reference, kl, rkl, True, False, None)
+        assert again is not None
+        total.index_copy_(1, void, again)
+    states_left, grad_left = states and total is None, grad and parts is None
+    if states_left or grad_left:
+        swept = _blocks(head, reference, kl, rkl, states_left, grad_left, keep)
+        total, parts = total if total is not None else swept[0], parts if parts is not None else swept[1]
     if parts is None:
         assert total is not None
         return head.shard.merge(total, reference), None
-    return _finish(head, reference, total, *parts)
+    return _finish(head, reference, total, parts)
 
 
 def _blocks(
     head: Head, reference: bool, kl: bool, rkl: bool, states: bool, grad: bool, keep: Tensor | None
-) -> tuple[Tensor | None, tuple[Tensor, Tensor, Tensor, Tensor] | None]:
-    """The sweep by blocks: the state, and the parts of the vector (as a tier's `exponentials`).
+) -> tuple[Tensor | None, st.Parts | None]:
+    """The sweep by blocks: the state, and the parts of the vector.
 
     E' = e^(z - c) without the target, where c is the first block's maximum; where a later block exceeds it by 60, what
     was summed is scaled down.
@@ -68,13 +70,12 @@ def _blocks(
             if not first:
                 pull.scale(factor)
             pull.add(block.z, block)
-    return total, None if pull is None else (shift, mass, target_z, pull.finish())
+    return total, None if pull is None else st.Parts(shift, mass, target_z, pull.finish())
 
 
-def _finish(
-    head: Head, reference: bool, total: Tensor | None, shift: Tensor, mass: Tensor, target_z: Tensor, pulled: Tensor
-) -> tuple[Tensor, Tensor]:
+def _finish(head: Head, reference: bool, total: Tensor | None, parts: st.Parts) -> tuple[Tensor, Tensor]:
     """The state of the whole vocabulary and the vector G = (E' W / S' - W_y) (1 - p_y), merged over the shards."""
+    shift, mass, target_z, pulled = parts
     own_target = target_z.clone()
     whole_shift = head.shard.max(shift.clone())
     down = (shift - whole_shift).double().exp()
@@ -145,7 +146,7 @@ def pull(
         if back is not None:
             back.add(block.z, block)
         if (d_weight := need.get("weight")) is not None:
-            d_weight[columns] = block.z.t() @ head.x.float()
+            outer(block.z, head.x, d_weight[columns])
         if (d_bias := need.get("bias")) is not None:
             d_bias[columns] = block.z.sum(0)
         if (d_b := need.get("lora_b")) is not None:
