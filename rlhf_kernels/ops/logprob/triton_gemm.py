@@ -10,7 +10,7 @@ Sums of a tile go to memory and are added in fp64 in the order of the columns: n
 import triton
 import triton.language as tl
 
-from rlhf_kernels.ops.logprob.triton_math import exp, halves, shaped
+from rlhf_kernels.ops.logprob.triton_math import exp, halves, part, shaped
 
 
 @triton.jit
@@ -72,13 +72,14 @@ def exp_part(
     M: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Stores E' of raw logits [M, N] and returns their rows' tops and sums; target, cooling, shift [M]."""
-    z, t = shaped(raw, bias_of(bias, column_start, stop, N, HAS_BIAS), scale, softcap, cooling, CAPPED)
+    z = shaped(raw, bias_of(bias, column_start, stop, N, HAS_BIAS), scale, softcap, cooling, CAPPED)
     local = tl.arange(0, N)
     real = (local < stop - column_start)[None, :]
     top = tl.max(tl.where(real, z, float("-inf")), 1)
     e = tl.where(real & (local[None, :] != (target - column_start)[:, None]), exp(z - shift[:, None]), 0.0)
     total = tl.sum(e, 1)
     if CAPPED:
+        t = z * (1 / (softcap * cooling))[:, None]
         e *= 1 - t * t
     if TMA:
         out.store([row_start, column_start - start], e.to(out.dtype))
@@ -93,21 +94,30 @@ def exp_part(
 def exp_parts(
     raw, out, row_start, column_start, start, stop, rows, stride_out, bias, target, cooling, shift, scale, softcap,
     M: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, TMA: tl.constexpr,
-    PARTS: tl.constexpr,
+    PARTS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """`exp_part` in 1, 2 or 4 parts, one after the other."""
+    """`exp_part` in PARTS parts: unrolled, or a loop, which takes fewer registers."""
     if PARTS == 1:
         return exp_part(raw, out, row_start, column_start, start, stop, rows, stride_out, bias, target, cooling, shift,
                         scale, softcap, M, N, HAS_BIAS, CAPPED, TMA)  # fmt: skip
-    else:
+    elif UNROLL:
         low, high = halves(raw, M, N)
         top, total = exp_parts(low, out, row_start, column_start, start, stop, rows, stride_out, bias, target, cooling,
-                               shift, scale, softcap, M, N // 2, HAS_BIAS, CAPPED, TMA, PARTS // 2)  # fmt: skip
-        column_start += N // 2
-        other_top, other = exp_parts(high, out, row_start, column_start, start, stop, rows, stride_out, bias, target,
-                                     cooling, shift, scale, softcap, M, N // 2, HAS_BIAS, CAPPED, TMA,
-                                     PARTS // 2)  # fmt: skip
+                               shift, scale, softcap, M, N // 2, HAS_BIAS, CAPPED, TMA, PARTS // 2,
+                               UNROLL)  # fmt: skip
+        other_top, other = exp_parts(high, out, row_start, column_start + N // 2, start, stop, rows, stride_out, bias,
+                                     target, cooling, shift, scale, softcap, M, N // 2, HAS_BIAS, CAPPED, TMA,
+                                     PARTS // 2, UNROLL)  # fmt: skip
         return tl.maximum(top, other_top), total + other
+    else:
+        top, total = tl.full((M,), float("-inf"), tl.float32), tl.zeros((M,), tl.float32)
+        for i in range(PARTS):
+            other_top, other = exp_part(
+                part(raw, i, M, N, PARTS), out, row_start, column_start + i * (N // PARTS), start, stop, rows,
+                stride_out, bias, target, cooling, shift, scale, softcap, M, N // PARTS, HAS_BIAS, CAPPED, TMA,
+            )  # fmt: skip
+            top, total = tl.maximum(top, other_top), total + other
+        return top, total
 
 
 @triton.jit
@@ -115,7 +125,7 @@ def exp_tile(
     acc, out, tops, sums, s, b, bias, target, temperature, shift, row_start, column_start, tile_n,
     rows, columns, start, stop, rank, stride_out, scale, softcap,
     HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, RANK: tl.constexpr, TMA: tl.constexpr, PARTS: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RANK_DEPTH: tl.constexpr,
+    UNROLL: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RANK_DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of one tile of `exponentials`."""
     if RANK:
@@ -126,7 +136,7 @@ def exp_tile(
     cooling = 1 / tl.load(temperature + row, mask=inside, other=1.0)
     c = tl.load(shift + row, mask=inside, other=0.0)
     top, total = exp_parts(acc, out, row_start, column_start, start, stop, rows, stride_out, bias, y, cooling, c, scale,
-                           softcap, BM, BN, HAS_BIAS, CAPPED, TMA, PARTS)  # fmt: skip
+                           softcap, BM, BN, HAS_BIAS, CAPPED, TMA, PARTS, UNROLL)  # fmt: skip
     place = tile_n * rows + row
     tl.store(tops + place, top, mask=inside)
     tl.store(sums + place, total, mask=inside)
@@ -137,7 +147,7 @@ def exponentials(
     x, w, out, bias, target, temperature, shift, flags, tops, sums, s, b,
     rows, columns, start, stop, width, rank, stride_x, stride_w, stride_out, scale, softcap,
     HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, RANK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
-    REDO: tl.constexpr, FLATTEN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    REDO: tl.constexpr, FLATTEN: tl.constexpr, UNROLL: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, RANK_DEPTH: tl.constexpr,
 ):  # fmt: skip
     """E' of columns start .. stop: x [rows, width], w [columns, width] (TMA: their descriptors), out [rows, stride_out]
@@ -169,11 +179,11 @@ def exponentials(
             if depth > 0:
                 exp_tile(acc, out, tops, sums, s, b, bias, target, temperature, shift, row_start, column_start, tile_n,
                          rows, columns, start, stop, rank, stride_out, scale, softcap, HAS_BIAS, CAPPED, RANK, TMA,
-                         PARTS, PRECISION, BM, BN, RANK_DEPTH)  # fmt: skip
+                         PARTS, UNROLL, PRECISION, BM, BN, RANK_DEPTH)  # fmt: skip
         else:
             exp_tile(acc, out, tops, sums, s, b, bias, target, temperature, shift, row_start, column_start, tile_n,
                      rows, columns, start, stop, rank, stride_out, scale, softcap, HAS_BIAS, CAPPED, RANK, TMA, PARTS,
-                     PRECISION, BM, BN, RANK_DEPTH)  # fmt: skip
+                     UNROLL, PRECISION, BM, BN, RANK_DEPTH)  # fmt: skip
 
 
 @triton.jit
@@ -237,7 +247,7 @@ def anchors(
     if HAS_BIAS:
         added += tl.load(bias + column).to(tl.float32)
     cooling = 1 / (tl.zeros((1,), tl.float32) + tl.load(temperature + row))
-    value, _ = shaped(raw, added, scale, softcap, cooling, CAPPED)
+    value = shaped(raw, added, scale, softcap, cooling, CAPPED)
     found = tl.max(tl.max(value, 1), 0)
     tl.store(z + row, found)
     tl.store(target_z + row, tl.where(here, found.to(tl.float64), float("-inf")))

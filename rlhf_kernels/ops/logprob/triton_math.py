@@ -74,14 +74,12 @@ def log1p_excess(x):
 
 @triton.jit
 def shaped(raw, bias, scale, softcap, cooling, CAPPED: tl.constexpr):
-    """(z, tanh of the softcap or 0) of raw logits [M, N]; bias [N] fp32, cooling [M] = 1 / temperature."""
+    """z of raw logits [M, N]; bias [N] fp32, cooling [M] = 1 / temperature."""
     u = (raw + bias[None, :]) * scale
-    t = u * 0.0
     if CAPPED:
-        t = tanh(u / softcap)
-        u = t * softcap
+        u = tanh(u / softcap) * softcap
     z = u * cooling[:, None]
-    return tl.where(z < LOWEST, LOWEST, z), t
+    return tl.where(z < LOWEST, LOWEST, z)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ TOP, SUM, MOMENT, REF_TOP, REF_SUM, REF_MOMENT, DIFFERENCE, KL = (tl.constexpr(i
 @triton.jit
 def masked(raw, bias, scale, softcap, cooling, left, N: tl.constexpr, CAPPED: tl.constexpr):
     """z of raw logits [M, N], LOWEST from column `left` on."""
-    z, _ = shaped(raw, bias, scale, softcap, cooling, CAPPED)
+    z = shaped(raw, bias, scale, softcap, cooling, CAPPED)
     return tl.where((tl.arange(0, N) < left)[None, :], z, LOWEST)
 
 
@@ -44,23 +44,35 @@ def store_target(z, at, row, target, rows, N: tl.constexpr):
 
 
 @triton.jit
-def alone(raw, at, has_target, bias, target, cooling, row, rows, column, columns, scale, softcap, M: tl.constexpr,
-          N: tl.constexpr, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
-    """Top and `without_top` of raw logits [M, N], columns from `column` on, in PARTS parts."""
-    if PARTS > 1:
-        low, high = halves(raw, M, N)
-        m, r, u = alone(low, at, has_target, bias, target, cooling, row, rows, column, columns, scale, softcap, M,
-                        N // 2, HAS_BIAS, CAPPED, PARTS // 2)  # fmt: skip
-        m2, r2, u2 = alone(high, at, has_target, bias, target, cooling, row, rows, column + N // 2, columns, scale,
-                           softcap, M, N // 2, HAS_BIAS, CAPPED, PARTS // 2)  # fmt: skip
-        return joined_mass(m, r, u, m2, r2, u2)
-    else:
+def alone(
+    raw, at, has_target, bias, target, cooling, row, rows, column, columns, scale, softcap, M: tl.constexpr,
+    N: tl.constexpr, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, PARTS: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Top and `without_top` of raw logits [M, N], columns from `column` on, in PARTS parts: unrolled, or a
+    loop, which takes fewer registers."""
+    if PARTS == 1:
         b = bias_of(bias, column, columns, N, HAS_BIAS)
         z = masked(raw, b, scale, softcap, cooling, columns - column, N, CAPPED)
         if has_target:
             store_target(z, at, row, target - column, rows, N)
         m = tl.max(z, 1)
         r, u = without_top(z, m)
+        return m, r, u
+    elif UNROLL:
+        low, high = halves(raw, M, N)
+        m, r, u = alone(low, at, has_target, bias, target, cooling, row, rows, column, columns, scale, softcap, M,
+                        N // 2, HAS_BIAS, CAPPED, PARTS // 2, UNROLL)  # fmt: skip
+        m2, r2, u2 = alone(high, at, has_target, bias, target, cooling, row, rows, column + N // 2, columns, scale,
+                           softcap, M, N // 2, HAS_BIAS, CAPPED, PARTS // 2, UNROLL)  # fmt: skip
+        return joined_mass(m, r, u, m2, r2, u2)
+    else:
+        m = tl.full((M,), LOWEST, tl.float32)
+        r, u = m * 0, m * 0
+        for i in range(PARTS):
+            m2, r2, u2 = alone(part(raw, i, M, N, PARTS), at, has_target, bias, target, cooling, row, rows,
+                               column + i * (N // PARTS), columns, scale, softcap, M, N // PARTS, HAS_BIAS, CAPPED, 1,
+                               UNROLL)  # fmt: skip
+            m, r, u = joined_mass(m, r, u, m2, r2, u2)
         return m, r, u
 
 
@@ -98,7 +110,7 @@ def together(
 def record(
     raw, raw_ref, out, at, ref_at, bias, target, cooling, row, rows, column, columns, tile, tiles, scale, softcap,
     M: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, REFERENCE: tl.constexpr,
-    WITH_KL: tl.constexpr, PARTS: tl.constexpr,
+    WITH_KL: tl.constexpr, PARTS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Stores the record of raw logits [M, N] of columns from `column` on; row, target [M]."""
     inside = row < rows
@@ -118,7 +130,7 @@ def record(
             tl.store(place + field * KL, kl, mask=inside)
     else:
         m, r, u = alone(raw, at, has_target, bias, target, cooling, row, rows, column, columns, scale, softcap, M, N,
-                        HAS_BIAS, CAPPED, PARTS)  # fmt: skip
+                        HAS_BIAS, CAPPED, PARTS, UNROLL)  # fmt: skip
     tl.store(place + field * TOP, m, mask=inside)
     tl.store(place + field * SUM, r, mask=inside)
     tl.store(place + field * MOMENT, u, mask=inside)
@@ -130,7 +142,7 @@ def statistics(
     rows, columns, width, rank, stride_x, stride_ref, stride_w, stride_ref_w, scale, softcap,
     HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, RANK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
     REFERENCE: tl.constexpr, OWN: tl.constexpr, WITH_KL: tl.constexpr, FLATTEN: tl.constexpr,
-    PARTS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    UNROLL: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, RANK_DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Records of all columns: x, ref [rows, width], w, ref_w [columns, width] (TMA: their descriptors), out
@@ -166,7 +178,7 @@ def statistics(
         cooling = 1 / tl.load(temperature + row, mask=row < rows, other=1.0)
         record(acc, acc_ref, out, at, ref_at, bias, y, cooling, row, rows, column_start, columns, tile_n,
                tiles_n, scale, softcap, BM, BN, HAS_BIAS, CAPPED, REFERENCE, WITH_KL,
-               PARTS)  # fmt: skip
+               PARTS, UNROLL)  # fmt: skip
 
 
 @triton.jit
