@@ -4,7 +4,7 @@ BIN := .venv/bin
 ALGO ?= hydra-ppo
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all lint format build wheel clean
+.PHONY: demo test test-all lint format build wheel kernels clean
 
 demo: build
 	$(BIN)/rlhf-train demo --algorithm $(ALGO)
@@ -25,6 +25,10 @@ format: build
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CSRC)
+
+# registers, shared memory, spills and matrix instructions of every GPU kernel; no GPU needed
+kernels: build
+	$(BIN)/python -m benchmarks.kernels
 
 wheel: .venv/.tools
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .

@@ -4,6 +4,7 @@
 `RLHF_KERNELS_BACKEND=naive|native|triton` asks for one backend; an op that lacks it there falls back to `naive`.
 """
 
+import importlib.util
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -27,7 +28,12 @@ def serves(op: str, backend: Backend, devices: Iterable[str], dtypes: Iterable[t
 
 def choose(op: str, tensor: torch.Tensor) -> Backend:
     """The backend that serves `op` on `tensor`'s device and dtype."""
-    place = (tensor.device.type, tensor.dtype)
+    return chosen(op, tensor.device.type, tensor.dtype)
+
+
+def chosen(op: str, device: str, dtype: torch.dtype) -> Backend:
+    """The same for a kind of device and a dtype."""
+    place = (device, dtype)
     asked = os.environ.get("RLHF_KERNELS_BACKEND")
     if asked and asked not in PREFERENCE:
         raise ValueError(f"RLHF_KERNELS_BACKEND is {asked!r}; it must be one of {', '.join(PREFERENCE)}")
@@ -55,6 +61,21 @@ def under_autocast(tensor: torch.Tensor) -> bool:
     """Whether autocast is on for `tensor`'s device."""
     device = tensor.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def triton_devices() -> tuple[str, ...]:
+    """Kinds of devices on which Triton kernels run: GPUs, and the CPU in Triton's interpreter (TRITON_INTERPRET=1)."""
+    if importlib.util.find_spec("triton") is None:
+        return ()
+    return ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+
+def native_devices(op: str) -> tuple[str, ...]:
+    """Kinds of devices for which the compiled `op` was built."""
+    if not native_available():
+        return ()
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return tuple(kind for kind, key in (("cpu", "CPU"), ("cuda", "CUDA")) if has(f"rlhf_kernels::{op}", key))
 
 
 def native_available() -> bool:

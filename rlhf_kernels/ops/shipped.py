@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-FILES: tuple[str, ...] = ()
+FILES = ("rlhf_kernels.ops.logprob.triton_rows", "rlhf_kernels.ops.logprob.triton_logits")
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 

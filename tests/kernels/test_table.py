@@ -57,10 +57,24 @@ def test_the_table_replaces_what_stands_between_the_marks(tmp_path):
     document = tmp_path / "kernels.md"
     document.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
     table.write([Row("gemm", "sm_90", 256, 168, 196608, 0, "wgmma")], document)
-    table.write([Row("rows", "sm_80", 128, 40, 32, 0)], document)
-    assert document.read_text() == (
-        f"before\n{table.BEGIN}\n{table.HEADER}\n| rows | sm_80 | 128 | 40 | 32 | 0 |  |\n{table.END}\nafter\n"
+    table.write([Row("rows", "sm_80", 128, 40, 32, 0), Row("rows", "sm_90", 128, 44, 0, 8)], document)
+    assert (
+        document.read_text()
+        == f"""before
+{table.BEGIN}
+| kernel | sm_80 | sm_90 | sm_100 | gfx942 |
+| --- | --- | --- | --- | --- |
+| rows | 128 x 40 / 32 / 0 | 128 x 44 / 0 / 8 |  |  |
+{table.END}
+after
+"""
     )
+    assert "rows" in table.documented(document)
+
+
+def test_two_kernels_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="two kernels are called rows on sm_80"):
+        table.markdown([Row("rows", "sm_80", 128, 40, 32, 0), Row("rows", "sm_80", 256, 40, 32, 0)])
 
 
 def test_a_document_without_the_marks_is_refused(tmp_path):

@@ -10,9 +10,6 @@ from rlhf_kernels.ops.logprob import naive, native
 from rlhf_kernels.ops.logprob.checks import check_target, check_temperature, check_values
 from rlhf_kernels.ops.logprob.outputs import LogprobOutput
 
-if native.AVAILABLE:
-    registry.serves("logprob", "native", ("cpu",), native.HALF_AND_SINGLE)
-
 
 def logprob(
     logits: Tensor,

@@ -10,7 +10,7 @@ Sums of a tile go to memory and are added in fp64 in the order of the columns: n
 import triton
 import triton.language as tl
 
-from rlhf_kernels.ops.logprob.triton_math import exp, halves, part, shaped
+from rlhf_kernels.ops.logprob.triton_sums import exp, halves, part, shaped
 
 
 @triton.jit

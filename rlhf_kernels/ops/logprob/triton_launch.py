@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 """How the Triton kernels of the head are launched: the tile of each chip, and matrices as tensors or descriptors.
 
 Tiles do not depend on the number of rows, so a row's numbers do not depend on the batch it stands in.
@@ -95,3 +96,30 @@ def chip(device: torch.device) -> str:
     return "sm_100" if major == 10 else "sm_90" if major == 9 else "sm_80"
 
 
+=======
+"""How the Triton row kernels are launched: columns a program holds, its warps, the device it runs on."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def block_of(n: int, most: int) -> int:
+    """The power of 2 that holds n columns, or `most` if n is more."""
+    return max(16, min(most, 1 << (n - 1).bit_length()))
+
+
+def warps_of(block: int, values: int) -> int:
+    """Warps of a program that gives each of a warp's 32 threads `values` of a block's columns, as far as that goes.
+
+    More values a thread make fewer reductions between warps; too many spill. The counts at the kernels are the largest
+    that spill on none of the shipped chips (an AMD warp has 64 threads: half as many values).
+    """
+    return max(4, min(16, block // (32 * values)))
+
+
+def device_of(x: Tensor) -> AbstractContextManager:
+    """Makes x's GPU the current one: Triton launches there. Nothing on the CPU (the interpreter)."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+>>>>>>> rows

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from rlhf_kernels.ops.logprob.triton_gemm import bias_of, low_rank, operand, rows_of, tile_of
-from rlhf_kernels.ops.logprob.triton_math import (
+from rlhf_kernels.ops.logprob.triton_sums import (
     LOWEST,
     divergence,
     exp,
