@@ -26,7 +26,7 @@ def tile_of(index, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def rows_of(source, start, limit, stride, ROWS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr):
-    """Pointers [ROWS, DEPTH] to a matrix's rows from `start`, the last one again beyond the end; a descriptor itself."""
+    """Pointers [ROWS, DEPTH] to rows from `start` on, the last one again beyond the end; a descriptor as it is."""
     if TMA:
         return source
     else:
@@ -43,17 +43,6 @@ def operand(source, row, k, width, DEPTH: tl.constexpr, TMA: tl.constexpr, EVEN:
         return tl.load(source + k)
     else:
         return tl.load(source + k, mask=(k + tl.arange(0, DEPTH) < width)[None, :], other=0.0)
-
-
-@triton.jit
-def low_rank(acc, s, b, row, column, rows, columns, rank, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-             DEPTH: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """acc + s b^T, the adapters' share: s [rows, rank], b [columns, rank], rank a multiple of DEPTH."""
-    left = rows_of(s, row, rows, rank, ROWS, DEPTH, False)
-    right = rows_of(b, column, columns, rank, COLUMNS, DEPTH, False)
-    for k in range(0, rank, DEPTH):
-        acc = tl.dot(tl.load(left + k), tl.load(right + k).T, acc, input_precision=PRECISION)
-    return acc
 
 
 @triton.jit
@@ -122,14 +111,12 @@ def exp_parts(
 
 @triton.jit
 def exp_tile(
-    acc, out, tops, sums, s, b, bias, target, temperature, shift, row_start, column_start, tile_n,
-    rows, columns, start, stop, rank, stride_out, scale, softcap,
-    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, RANK: tl.constexpr, TMA: tl.constexpr, PARTS: tl.constexpr,
-    UNROLL: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RANK_DEPTH: tl.constexpr,
+    acc, out, tops, sums, bias, target, temperature, shift, row_start, column_start, tile_n,
+    rows, start, stop, stride_out, scale, softcap,
+    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, TMA: tl.constexpr, PARTS: tl.constexpr, UNROLL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of one tile of `exponentials`."""
-    if RANK:
-        acc = low_rank(acc, s, b, row_start, column_start, rows, columns, rank, BM, BN, RANK_DEPTH, PRECISION)
     row = row_start + tl.arange(0, BM)
     inside = row < rows
     y = tl.load(target + row, mask=inside, other=-1).to(tl.int32)
@@ -144,16 +131,16 @@ def exp_tile(
 
 @triton.jit
 def exponentials(
-    x, w, out, bias, target, temperature, shift, flags, tops, sums, s, b,
-    rows, columns, start, stop, width, rank, stride_x, stride_w, stride_out, scale, softcap,
-    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, RANK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+    x, w, out, bias, target, temperature, shift, flags, tops, sums,
+    rows, columns, start, stop, width, stride_x, stride_w, stride_out, scale, softcap,
+    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
     REDO: tl.constexpr, FLATTEN: tl.constexpr, UNROLL: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, RANK_DEPTH: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """E' of columns start .. stop: x [rows, width], w [columns, width] (TMA: their descriptors), out [rows, stride_out]
     from column `start` on, columns up to the next multiple of BN written as 0; tops, sums fp32 [tiles, rows].
 
-    REDO: only row tiles with flags [row tiles] != 0. RANK: s, b of `low_rank` are added.
+    REDO: only row tiles with flags [row tiles] != 0.
     """
     tiles_m, tiles_n = tl.cdiv(rows, BM), tl.cdiv(stop - start, BN)
     tiles = tiles_m * tiles_n
@@ -177,13 +164,12 @@ def exponentials(
             acc = tl.dot(a, operand(right, column_start, k, width, BK, TMA, EVEN).T, acc, input_precision=PRECISION)
         if REDO:
             if depth > 0:
-                exp_tile(acc, out, tops, sums, s, b, bias, target, temperature, shift, row_start, column_start, tile_n,
-                         rows, columns, start, stop, rank, stride_out, scale, softcap, HAS_BIAS, CAPPED, RANK, TMA,
-                         PARTS, UNROLL, PRECISION, BM, BN, RANK_DEPTH)  # fmt: skip
+                exp_tile(acc, out, tops, sums, bias, target, temperature, shift, row_start, column_start, tile_n, rows,
+                         start, stop, stride_out, scale, softcap, HAS_BIAS, CAPPED, TMA, PARTS, UNROLL, BM,
+                         BN)  # fmt: skip
         else:
-            exp_tile(acc, out, tops, sums, s, b, bias, target, temperature, shift, row_start, column_start, tile_n,
-                     rows, columns, start, stop, rank, stride_out, scale, softcap, HAS_BIAS, CAPPED, RANK, TMA, PARTS,
-                     UNROLL, PRECISION, BM, BN, RANK_DEPTH)  # fmt: skip
+            exp_tile(acc, out, tops, sums, bias, target, temperature, shift, row_start, column_start, tile_n, rows,
+                     start, stop, stride_out, scale, softcap, HAS_BIAS, CAPPED, TMA, PARTS, UNROLL, BM, BN)  # fmt: skip
 
 
 @triton.jit

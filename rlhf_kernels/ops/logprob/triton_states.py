@@ -1,4 +1,4 @@
-"""The head's GEMM with the statistics in its epilogue, for scoring: each tile of fp32 logits leaves a few numbers a row.
+"""The head's GEMM with the statistics in its epilogue, for scoring: a tile of fp32 logits leaves a few numbers a row.
 
 Two sides (policy and reference; for the reverse KL the other way round) are computed together and share W. A tile's
 record, fp32 [fields, tiles, rows]: of each side the top m and, without the top, r = sum e^(z-m), u = sum e^(z-m) (z-m);
@@ -9,7 +9,7 @@ chain rule (see `state`) in fp64.
 import triton
 import triton.language as tl
 
-from rlhf_kernels.ops.logprob.triton_gemm import bias_of, low_rank, operand, rows_of, tile_of
+from rlhf_kernels.ops.logprob.triton_gemm import bias_of, operand, rows_of, tile_of
 from rlhf_kernels.ops.logprob.triton_sums import (
     LOWEST,
     divergence,
@@ -138,17 +138,17 @@ def record(
 
 @triton.jit
 def statistics(
-    x, ref, w, ref_w, out, at, ref_at, bias, target, temperature, s, b,
-    rows, columns, width, rank, stride_x, stride_ref, stride_w, stride_ref_w, scale, softcap,
-    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, RANK: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
+    x, ref, w, ref_w, out, at, ref_at, bias, target, temperature,
+    rows, columns, width, stride_x, stride_ref, stride_w, stride_ref_w, scale, softcap,
+    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr,
     REFERENCE: tl.constexpr, OWN: tl.constexpr, WITH_KL: tl.constexpr, FLATTEN: tl.constexpr,
-    UNROLL: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, RANK_DEPTH: tl.constexpr,
+    UNROLL: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Records of all columns: x, ref [rows, width], w, ref_w [columns, width] (TMA: their descriptors), out
     [fields, tiles, rows] with tiles of BN columns; at, ref_at fp32 [rows]: the target's z where it is found.
 
-    OWN: the reference has a weight of its own, ref_w. RANK: s, b of `low_rank` are added to the policy's logits.
+    OWN: the reference has a weight of its own, ref_w.
     """
     tiles_m, tiles_n = tl.cdiv(rows, BM), tl.cdiv(columns, BN)
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
@@ -171,10 +171,9 @@ def statistics(
                     wt = operand(right_ref, column_start, k, width, BK, TMA, EVEN).T
                 a = operand(left_ref, row_start, k, width, BK, TMA, EVEN)
                 acc_ref = tl.dot(a, wt, acc_ref, input_precision=PRECISION)
-        if RANK:
-            acc = low_rank(acc, s, b, row_start, column_start, rows, columns, rank, BM, BN, RANK_DEPTH, PRECISION)
         row = row_start + tl.arange(0, BM)
-        y = tl.load(target + row, mask=row < rows, other=-1).to(tl.int32)
+        y = tl.load(target + row, mask=row < rows, other=-1)
+        y = tl.where(y < columns, y, -1).to(tl.int32)  # a target of another shard may lie in the padding
         cooling = 1 / tl.load(temperature + row, mask=row < rows, other=1.0)
         record(acc, acc_ref, out, at, ref_at, bias, y, cooling, row, rows, column_start, columns, tile_n,
                tiles_n, scale, softcap, BM, BN, HAS_BIAS, CAPPED, REFERENCE, WITH_KL,

@@ -11,8 +11,18 @@ from triton import cdiv, next_power_of_2
 
 from rlhf_kernels.ops.logprob import triton_gemm as gemm
 from rlhf_kernels.ops.logprob import triton_states as states
-from rlhf_kernels.ops.logprob.head import Head
-from rlhf_kernels.ops.logprob.triton_launch import EXPONENTIALS, PAIRS, SCORES, Tile, processors, source, tile_for
+from rlhf_kernels.ops.logprob.head import Head, pull
+from rlhf_kernels.ops.logprob.state import Parts
+from rlhf_kernels.ops.logprob.triton_tiles import (
+    EXPONENTIALS,
+    FAT_EXPONENTIALS,
+    PAIRS,
+    SCORES,
+    Tile,
+    processors,
+    source,
+    tile_for,
+)
 
 CHUNK_BYTES = 128 << 20  # of E'
 RECORD_BYTES = 128 << 20  # of the tiles' records
@@ -40,7 +50,7 @@ def blocks(tile: Tile, width: int) -> dict[str, Any]:
     """What every GEMM kernel is told of its tile."""
     return {
         "TMA": tile.tma, "EVEN": width % tile.bk == 0, "PARTS": tile.parts, "PRECISION": "ieee", "BM": tile.bm,
-        "BN": tile.bn, "BK": tile.bk, "GROUP": tile.group, "RANK_DEPTH": 32, "num_warps": tile.warps,
+        "BN": tile.bn, "BK": tile.bk, "GROUP": tile.group, "num_warps": tile.warps,
         "num_stages": tile.stages,
     }  # fmt: skip
 
@@ -56,7 +66,9 @@ class Exponentials:
         self.weight = same_dtype(head.weight, self.x)
         self.columns, self.width = self.weight.shape
         device, rows = self.x.device, len(self.x)
-        self.tile = tile_for(EXPONENTIALS, device, self.x, self.weight)
+        fat = head.softcap > 0 or self.x.dtype != torch.bfloat16
+        table = FAT_EXPONENTIALS if fat else EXPONENTIALS
+        self.tile = tile_for(table, device, self.x, self.weight)
         self.programs = processors(device)
         # fp16 has not the range of E': fp32 then, and W is widened a chunk at a time
         dtype = torch.bfloat16 if self.x.dtype == torch.bfloat16 else torch.float32
@@ -68,7 +80,7 @@ class Exponentials:
         self.mass, self.target_z = torch.zeros(2, rows, dtype=torch.float64, device=device)
         self.pulled = torch.zeros(rows, self.width, dtype=torch.float32, device=device)
 
-    def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def run(self) -> Parts:
         rows, head, bm = len(self.x), self.head, self.tile.bm
         gemm.anchors[(rows,)](
             self.x, self.weight, head.bias, self.target, self.temperature, self.shift, self.target_z, self.columns,
@@ -86,25 +98,23 @@ class Exponentials:
             if start > 0:
                 gemm.rescale[by_rows](self.pulled, self.factor, self.flags, rows, self.width, BM=bm, BN=512)
             self._pull(start, stop)
-        return self.shift, self.mass, self.target_z, self.pulled
+        return Parts(self.shift, self.mass, self.target_z, self.pulled)
 
     def _tiles(self, start: int, stop: int, tiles: int, redo: bool) -> None:
         tile, head, rows = self.tile, self.head, len(self.x)
         gemm.exponentials[(min(self.programs, cdiv(rows, tile.bm) * tiles),)](
             source(self.x, tile, tile.bm, tile.bk), source(self.weight, tile, tile.bn, tile.bk),
             source(self.e, tile, tile.bm, tile.bn // tile.parts), head.bias, self.target, self.temperature, self.shift,
-            self.flags, self.tops, self.sums, None, None, rows, self.columns, start, stop, self.width, 0,
+            self.flags, self.tops, self.sums, rows, self.columns, start, stop, self.width,
             self.x.stride(0), self.weight.stride(0), self.e.stride(0), head.scale, head.softcap,
-            RANK=False, REDO=redo, FLATTEN=tile.flatten and not redo, **blocks(tile, self.width), **shaping(head),
+            REDO=redo, FLATTEN=tile.flatten and not redo, UNROLL=tile.unroll, **blocks(tile, self.width),
+            **shaping(head),
         )  # fmt: skip
 
     def _pull(self, start: int, stop: int) -> None:
         """pulled += E' W of the chunk, fp32 accumulators."""
         e, w = self.e[:, : stop - start], self.weight[start:stop]
-        if e.dtype == torch.float32:
-            self.pulled.addmm_(e, w.float())
-        else:
-            torch.ops.aten.addmm.dtype_out(self.pulled, e, w, torch.float32, out=self.pulled)
+        pull(e, w, self.pulled)
 
 
 class Scores:
@@ -119,7 +129,10 @@ class Scores:
         weight = same_dtype(head.weight, head.x)
         other = head.ref_weight if reference else None
         self.own = other is not None
-        sides = [(head.x, weight), (head.ref if reference else None, None if other is None else same_dtype(other, head.x))]
+        sides = [
+            (head.x, weight),
+            (head.ref if reference else None, None if other is None else same_dtype(other, head.x)),
+        ]
         (self.x, self.weight), (self.ref, self.ref_weight) = sides
         if rkl:
             self.x, self.ref = self.ref, self.x
@@ -146,10 +159,10 @@ class Scores:
         stride = lambda m: 0 if m is None else m.stride(0)  # noqa: E731
         states.statistics[(min(processors(device), cdiv(rows, tile.bm) * self.tiles),)](
             as_source(x, tile.bm), as_source(ref, tile.bm), as_source(self.weight, tile.bn),
-            as_source(self.ref_weight, tile.bn), records, at, ref_at, head.bias, target, head.temperature[some], None,
-            None, rows, self.columns, self.width, 0, stride(x), stride(ref), stride(self.weight),
-            stride(self.ref_weight), head.scale, head.softcap, RANK=False, OWN=self.own, FLATTEN=tile.flatten,
-            **self.options, **blocks(tile, self.width), **shaping(head),
+            as_source(self.ref_weight, tile.bn), records, at, ref_at, head.bias, target, head.temperature[some],
+            rows, self.columns, self.width, stride(x), stride(ref), stride(self.weight),
+            stride(self.ref_weight), head.scale, head.softcap, OWN=self.own, FLATTEN=tile.flatten,
+            UNROLL=tile.unroll, **self.options, **blocks(tile, self.width), **shaping(head),
         )  # fmt: skip
         state = torch.zeros(10, rows, dtype=torch.float64, device=device)
         wide = next_power_of_2(self.tiles)
