@@ -9,7 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-FILES = ("rlhf_kernels.ops.logprob.triton_rows", "rlhf_kernels.ops.logprob.triton_logits")
+FILES = (
+    "rlhf_kernels.ops.logprob.triton_rows",
+    "rlhf_kernels.ops.logprob.triton_logits",
+    "rlhf_kernels.ops.logprob.triton_shipped",
+)
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 

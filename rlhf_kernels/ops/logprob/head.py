@@ -31,12 +31,12 @@ def mm_fp32(x: Tensor, w: Tensor, out: Tensor) -> None:
 
 def pull(dz: Tensor, w: Tensor, total: Tensor) -> None:
     """total fp32 += dz w with fp32 accumulation; dz fp32 takes w's dtype."""
-    if w.dtype == torch.float32:
-        total.addmm_(dz, w)
+    if w.dtype != torch.bfloat16:  # fp16 has not the range of dz
+        total.addmm_(dz, w.float())
     elif w.device.type == "cpu":
         torch.ops.rlhf_kernels.bf16_pull(dz, w, total)
     else:
-        total.add_(torch.mm(dz.to(w.dtype), w, out_dtype=torch.float32))
+        torch.ops.aten.addmm.dtype_out(total, dz.to(w.dtype), w, torch.float32, out=total)
 
 
 def outer(dz: Tensor, x: Tensor, out: Tensor) -> None:
@@ -48,10 +48,13 @@ def outer(dz: Tensor, x: Tensor, out: Tensor) -> None:
 
 
 def operand(x: Tensor) -> Tensor:
-    """A GEMM operand: bf16 stays where products with fp32 accumulators are at hand, all else becomes fp32."""
-    if x.dtype != torch.bfloat16 or not (x.device.type == "cuda" or has_tiles(x)):
+    """A GEMM operand: half precision stays where products with fp32 accumulators are at hand (bf16 and fp16 on a GPU,
+    bf16 on some CPUs), all else becomes fp32."""
+    if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
+        return x
+    if not has_tiles(x):
         return x.float()
-    return x if x.device.type == "cuda" or x.stride(1) == 1 else x.contiguous()
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 @dataclass
@@ -182,7 +185,7 @@ class Head:
         both = torch.cat([self.x, self.ref]) if reference and self.ref_weight is None else None  # type: ignore[list-item]
         for start in range(0, vocabulary, step):
             stop = min(start + step, vocabulary)
-            w = operand(self.weight[start:stop])
+            w = self._operand(self.weight[start:stop])
             logits = buffer[: sides * rows * (stop - start)].view(sides, rows, stop - start)
             z, zr = logits[0], logits[1] if reference else None
             if self.saved is not None:
@@ -194,10 +197,14 @@ class Head:
             else:
                 mm_fp32(self.x, w, z)
                 if zr is not None:
-                    mm_fp32(self.ref, operand(self.ref_weight[start:stop]), zr)  # type: ignore[arg-type,index]
+                    mm_fp32(self.ref, self._operand(self.ref_weight[start:stop]), zr)  # type: ignore[arg-type,index]
             for adapter in self.low_rank:
                 adapter.add_to(z, start, stop)
             yield Block(start, stop, w, z, zr, True)
+
+    def _operand(self, w: Tensor) -> Tensor:
+        """Rows of a weight as x's partner: x stays in half precision only where the weights have its dtype."""
+        return w.float() if self.x.dtype == torch.float32 else operand(w)
 
     def shaping(self, block: Block) -> tuple[Tensor | None, Tensor, float, float]:
         """The row passes' common arguments: the block's bias, temperature, softcap, scale."""

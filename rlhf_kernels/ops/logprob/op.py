@@ -83,7 +83,8 @@ def _head(
     index = None if lora_index is None else take(lora_index)
     shard, vocabulary = Shard.of(tp_group, weight.shape[0], weight.device)
     check_values(y, vocabulary, t, None, index, 0 if lora_a is None else lora_a.shape[0])
-    x = operand(x)
+    weights = [w for w in (weight, ref_weight) if w is not None]
+    x = operand(x) if all(w.dtype == x.dtype for w in weights) else x.float()
     ref = None if ref_hidden is None else operand(take(ref_hidden)).to(x.dtype)
     return Head(
         x=x,

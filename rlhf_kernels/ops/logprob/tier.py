@@ -5,9 +5,13 @@ A sweep works block by block with any GEMM and row pass; a tier replaces whole s
 
 from typing import Protocol
 
+from rlhf_kernels.ops import registry
 from rlhf_kernels.ops.logprob import tiles
 from rlhf_kernels.ops.logprob.head import Head
+from rlhf_kernels.ops.logprob.native import HALF_AND_SINGLE
 from rlhf_kernels.ops.logprob.state import Swept
+
+registry.serves("head_gemm", "triton", registry.triton_devices(), HALF_AND_SINGLE)
 
 
 class Tier(Protocol):
@@ -19,4 +23,10 @@ class Tier(Protocol):
 
 def fused(head: Head) -> Tier | None:
     """The tier that serves this head's device, dtype and options."""
-    return tiles if tiles.serve(head) else None
+    if tiles.serve(head):
+        return tiles
+    if registry.choose("head_gemm", head.x) == "triton":
+        from rlhf_kernels.ops.logprob import triton_tier
+
+        return triton_tier if triton_tier.serve(head) else None
+    return None
