@@ -1,7 +1,7 @@
 """One way of measuring for every benchmark: contestants interleaved in one process, memory in fresh processes.
 
 Times are medians with minimum and maximum over the rounds. In a round every contestant runs once before any runs again,
-so that what else the machine does falls on all alike. A slow contestant drops out once the case's budget for it is gone;
+so that what else the machine does falls on all alike. A slow contestant drops out once the budget of the case is gone;
 a run shorter than `SHORT_S` is repeated in each round and its mean is taken. On a CUDA device times come from events
 around the runs.
 """
