@@ -52,7 +52,7 @@ class Case:
     `build(tiny)` makes the inputs and returns the contestants by name; with `tiny` the same work on a shape of a few
     rows, which warms the libraries up before memory is measured. `base` is the contestant that speeds refer to.
     `memory` False leaves the case out of `--memory`. `budget_s` is how long one contestant's timed runs may take in
-    all: a slow one gets fewer rounds, at least one.
+    all: a slow one gets fewer rounds, but `least_rounds`.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Case:
     targets: tuple[Target, ...] = ()
     memory: bool = True
     budget_s: float = 20.0
+    least_rounds: int = 1
 
 
 def ready(run: Run) -> Prepare:

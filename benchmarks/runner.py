@@ -1,9 +1,9 @@
 """One way of measuring for every benchmark: contestants interleaved in one process, memory in fresh processes.
 
 Times are medians with minimum and maximum over the rounds. In a round every contestant runs once before any runs again,
-so that what else the machine does falls on all alike. A slow contestant takes part in as many of them, spread evenly,
-as the case's budget allows, at least one; a run shorter than `SHORT_S` is repeated in each round and its mean is taken.
-On a CUDA device times come from events around the runs.
+so that what else the machine does falls on all alike. A slow contestant drops out once the budget of the case is gone;
+a run shorter than `SHORT_S` is repeated in each round and its mean is taken. On a CUDA device times come from events
+around the runs.
 """
 
 import gc
@@ -64,7 +64,6 @@ def time_case(case: Case, rounds: int, device: str = "cpu", who: Collection[str]
     found = {name: Timing(case.name, name) for name in contestants}
     runs: dict[str, Run] = {}
     repeats: dict[str, int] = {}
-    takes_part: dict[str, set[int]] = {}
     for name, prepare in contestants.items():
         try:
             run = prepare()
@@ -75,12 +74,11 @@ def time_case(case: Case, rounds: int, device: str = "cpu", who: Collection[str]
             found[name].unavailable = str(why)
             continue
         runs[name], repeats[name] = run, min(MOST_REPEATS, math.ceil(SHORT_S / warm))
-        fewer = max(1, min(rounds, int(case.budget_s / warm)))
-        takes_part[name] = {i * rounds // fewer for i in range(fewer)}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(rounds):
+    for _ in range(rounds):
+        gc.collect()
         for name, run in runs.items():
-            if index in takes_part[name]:
+            if within_budget(case, seconds[name], repeats[name]):
                 seconds[name].append(_seconds(run, device, repeats[name]))
     medians = {name: statistics.median(s) for name, s in seconds.items()}
     for name, s in seconds.items():
@@ -90,9 +88,15 @@ def time_case(case: Case, rounds: int, device: str = "cpu", who: Collection[str]
     return list(found.values())
 
 
+def within_budget(case: Case, taken: list[float], repeats: int) -> bool:
+    """Whether one more round fits, going by the mean of those so far."""
+    if len(taken) < case.least_rounds:
+        return True
+    return repeats * (sum(taken) + statistics.mean(taken)) <= case.budget_s
+
+
 def _seconds(run: Run, device: str, repeats: int = 1) -> float:
-    """Mean time of a run; garbage is collected before, and the last result is dropped after the clock stopped."""
-    gc.collect()
+    """Mean time of a run; the last result is dropped after the clock stopped."""
     if device == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()

@@ -59,8 +59,10 @@ def test_speeds_are_relative_to_the_base_and_whoever_cannot_run_says_why(clock):
 
 @pytest.mark.parametrize(("budget", "rounds"), [(100.0, 4), (7.0, 2), (1e-9, 1)])
 def test_a_slow_contestant_runs_as_often_as_its_budget_allows(clock, budget, rounds):
-    slow = runner.time_case(race(clock, budget_s=budget), rounds=4)[0]
+    slow, ours, _ = runner.time_case(race(clock, budget_s=budget), rounds=4)
     assert slow.rounds == rounds
+    assert ours.rounds == min(4, max(1, int(budget)))
+    assert runner.time_case(race(clock, budget_s=budget, least_rounds=3), rounds=4)[0].rounds == max(rounds, 3)
 
 
 def test_only_some_contestants_can_be_asked_for(clock):
