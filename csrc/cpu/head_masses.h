@@ -17,7 +17,7 @@ struct alignas(64) MassState {
   float other_target[kTile];
   double e[kTile], u[kTile];                            // sums of e, e x
   double a[kTile], b[kTile], d[kTile], other_e[kTile];  // of e (expm1 d - d), e expm1 d, e d, e^(zr - zr_pivot)
-  uint32_t far;                                         // tokens whose other_e would overflow: unusable
+  uint32_t far;                                         // tokens whose sums have left their range: unusable
 
   void clear() {
     for (int64_t t = 0; t < kTile; ++t) {
@@ -33,13 +33,15 @@ struct alignas(64) MassState {
     if (column[t] >= 0) {
       const double step = double(z) - pivot[t], shrink = std::exp(-step);
       const double ratio = (double(other[t]) - pivot[t]) - (double(zr) - z);  // the old pivot's d
+      if (ratio > kFarthest) far |= 1u << t;
+      const double growth = std::exp(ratio);  // 1 + expm1(ratio) would lose its digits far below 0
       const double grown = std::expm1(ratio), count = e[t] + (old_is_target ? 0 : 1);
       const double second =
           std::abs(ratio) < 1e-3 ? ratio * ratio * (0.5 + ratio / 6 + ratio * ratio / 24) : grown - ratio;
-      a[t] = shrink * ((1 + grown) * a[t] + grown * d[t] + second * count);
-      b[t] = shrink * ((1 + grown) * b[t] + grown * count);
+      a[t] = shrink * (growth * a[t] + grown * d[t] + second * count);
+      b[t] = shrink * (growth * b[t] + grown * count);
       d[t] = shrink * (d[t] + ratio * count);
-      other_e[t] = shrink * (1 + grown) * (other_e[t] + (old_is_target ? 0 : 1));
+      other_e[t] = shrink * growth * (other_e[t] + (old_is_target ? 0 : 1));
       u[t] = shrink * (u[t] - step * count);
       e[t] = shrink * count;
     }
@@ -151,6 +153,7 @@ struct TokenMass {
   double lse, rest, target, entropy;           // as `Mass` in logit_row.h
   double other_lse, other_rest, other_target;  // with kRatio: the other side
   double difference, kl;
+  bool far;  // as in MassState: difference, kl and the other side's masses are void
 };
 
 // What a token's sums say; the target and the pivot join here, in double. present: the target was among the columns.
@@ -158,7 +161,7 @@ template <bool kRatio>
 TokenMass finish(const MassState& s, int t, float slope, bool present, bool is_pivot) {
   const double lowest = kMinusInf, missing = -std::numeric_limits<double>::infinity();
   TokenMass out{};
-  out.target = present ? double(s.target[t]) * slope : missing;
+  out.target = present ? std::max(double(s.target[t]) * slope, lowest) : missing;
   const bool apart = present && !is_pivot;
   const double x = apart ? out.target - s.pivot[t] : 0, share = apart ? std::exp(x) : 0;
   const double e = s.e[t] + share, u = s.u[t] + share * x;
@@ -169,8 +172,9 @@ TokenMass finish(const MassState& s, int t, float slope, bool present, bool is_p
     out.lse = lowest, out.rest = lowest, out.entropy = e * 0;
   }
   if constexpr (kRatio) {
-    out.other_target = present ? double(s.other_target[t]) * slope : missing;
+    out.other_target = present ? std::max(double(s.other_target[t]) * slope, lowest) : missing;
     const double d = apart ? (out.other_target - out.target) - (double(s.other[t]) - s.pivot[t]) : 0;
+    out.far = d > kFarthest || (s.far >> t & 1u) != 0;
     const double grown = std::expm1(d);
     const double a = s.a[t] + share * (grown - d), b = s.b[t] + share * grown, ds = s.d[t] + share * d;
     const double other = s.other_e[t] + share * (1 + grown), q = b / (1 + e);

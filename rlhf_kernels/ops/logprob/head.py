@@ -2,7 +2,7 @@
 this rank's shard of the vocabulary; and its logits, a block of columns at a time. Scratch memory is one block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,11 +47,16 @@ def outer(dz: Tensor, x: Tensor, out: Tensor) -> None:
         out.copy_(dz.t() @ x.float())
 
 
-def operand(x: Tensor) -> Tensor:
-    """A GEMM operand: bf16 stays where products with fp32 accumulators are at hand, all else becomes fp32."""
-    if x.dtype != torch.bfloat16 or not (x.device.type == "cuda" or has_tiles(x)):
-        return x.float()
-    return x if x.device.type == "cuda" or x.stride(1) == 1 else x.contiguous()
+def operand_dtype(matrices: Iterable[Tensor]) -> torch.dtype:
+    """What a head's GEMMs take: bf16 if all its matrices are, and products with fp32 accumulators are at hand."""
+    kept = all(x.dtype == torch.bfloat16 and (x.device.type == "cuda" or has_tiles(x)) for x in matrices)
+    return torch.bfloat16 if kept else torch.float32
+
+
+def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as a GEMM operand."""
+    x = x.to(dtype)
+    return x.contiguous() if dtype == torch.bfloat16 and x.device.type == "cpu" and x.stride(1) != 1 else x
 
 
 @dataclass
@@ -138,7 +143,7 @@ class Block:
 class Head:
     """The rows that count and the matrices they meet; all tensors on one device.
 
-    x, ref [R, H] GEMM operands; target int64 [R], counted from this shard's first column; temperature fp32 [R].
+    x, ref [R, H] GEMM operands of one dtype, which the weights' blocks take too; target int64 [R], counted from this shard's first column; temperature fp32 [R].
     saved: z (and zr) [1 or 2, R, V] kept from the forward, which then replace the GEMM.
     """
 
@@ -182,7 +187,7 @@ class Head:
         both = torch.cat([self.x, self.ref]) if reference and self.ref_weight is None else None  # type: ignore[list-item]
         for start in range(0, vocabulary, step):
             stop = min(start + step, vocabulary)
-            w = operand(self.weight[start:stop])
+            w = operand(self.weight[start:stop], self.x.dtype)
             logits = buffer[: sides * rows * (stop - start)].view(sides, rows, stop - start)
             z, zr = logits[0], logits[1] if reference else None
             if self.saved is not None:
@@ -194,7 +199,8 @@ class Head:
             else:
                 mm_fp32(self.x, w, z)
                 if zr is not None:
-                    mm_fp32(self.ref, operand(self.ref_weight[start:stop]), zr)  # type: ignore[arg-type,index]
+                    other = operand(self.ref_weight[start:stop], self.x.dtype)  # type: ignore[index]
+                    mm_fp32(self.ref, other, zr)  # type: ignore[arg-type]
             for adapter in self.low_rank:
                 adapter.add_to(z, start, stop)
             yield Block(start, stop, w, z, zr, True)
