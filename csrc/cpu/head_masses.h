@@ -10,7 +10,7 @@ namespace {
 
 // Of one panel and one side; with x = z - z_pivot, e = e^x and d the other side's log ratio relative to the pivot's.
 struct alignas(64) MassState {
-  float pivot[kTile];     // z of the pivot
+  float pivot[kTile];     // z of the pivot, kNothing before any
   float other[kTile];     // the other side's z there
   int32_t column[kTile];  // where it is; -1 before any
   float target[kTile];    // the target's logits on both sides, before the slope
@@ -21,7 +21,7 @@ struct alignas(64) MassState {
 
   void clear() {
     for (int64_t t = 0; t < kTile; ++t) {
-      pivot[t] = -3e38f, other[t] = 0, column[t] = -1, target[t] = 0, other_target[t] = 0;
+      pivot[t] = other[t] = kNothing, column[t] = -1, target[t] = 0, other_target[t] = 0;
       e[t] = u[t] = a[t] = b[t] = d[t] = other_e[t] = 0;
     }
     far = 0;
@@ -68,8 +68,9 @@ LANES __mmask16 mass_half(const float* z, const float* zr, __m512 slope, __m512 
       const __m512i row = _mm512_set1_epi32(i);
       keep = _mm512_cmpneq_epi32_mask(skip_pivot, row) & _mm512_cmpneq_epi32_mask(skip_target, row);
     }
-    const __m512 x = _mm512_max_ps(lanes::constant(-200.0f), _mm512_fmsub_ps(zi, slope, pivot));
-    __m512 e = lanes::exp(x);
+    __m512 x = _mm512_max_ps(lanes::constant(-200.0f), _mm512_fmsub_ps(zi, slope, pivot));
+    x = _mm512_min_ps(zero, x);  // the pivot is rounded, the product is not
+    __m512 e = lanes::exp_bounded(x);
     if constexpr (kSkip) e = _mm512_maskz_mov_ps(keep, e);
     s.e = _mm512_add_ps(s.e, e);
     s.u = _mm512_fmadd_ps(e, x, s.u);
@@ -168,8 +169,9 @@ TokenMass finish(const MassState& s, int t, float slope, bool present, bool is_p
   out.lse = s.pivot[t] + std::log1p(e);
   out.rest = !present ? out.lse : apart ? s.pivot[t] + std::log1p(s.e[t]) : e == 0 ? lowest : s.pivot[t] + std::log(e);
   out.entropy = std::log1p(e) - u / (1 + e);
-  if (s.pivot[t] <= kMinusInf) {  // nothing but masked columns
-    out.lse = lowest, out.rest = lowest, out.entropy = e * 0;
+  const double nan_or_0 = e * 0;
+  if (s.column[t] < 0) {  // nothing but masked columns, or NaN
+    out.lse = out.rest = lowest + nan_or_0, out.entropy = nan_or_0;
   }
   if constexpr (kRatio) {
     out.other_target = present ? std::max(double(s.other_target[t]) * slope, lowest) : missing;
@@ -192,6 +194,7 @@ TokenMass finish(const MassState& s, int t, float slope, bool present, bool is_p
                      : apart             ? s.other[t] + std::log1p(s.other_e[t])
                      : s.other_e[t] == 0 ? lowest
                                          : s.other[t] + std::log(s.other_e[t]);
+    if (s.column[t] < 0) out.other_lse = out.other_rest = lowest + other * 0;
   }
   return out;
 }

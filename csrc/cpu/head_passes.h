@@ -63,9 +63,14 @@ struct Shape {
 
 struct alignas(64) ExpState {
   float shift[kTile];
-  float target[kTile];  // the target's shaped logit, once it is met
-  double mass[kTile];   // sum of E'
+  float target[kTile];                 // the target's shaped logit, once it is met
+  double mass[kTile];                  // sum of E'
+  double product[kTile], kept[kTile];  // sum of what goes into E' W, before and after its rounding to bf16
   bool started;
+};
+
+struct HalfSums {
+  __m512 mass, product, kept;  // as in ExpState; product with a softcap only
 };
 
 // One half of a tile: 16 tokens. pairs [16][16]: two neighbouring columns' E' (times the softcap's derivative) in bf16.
@@ -73,8 +78,9 @@ struct alignas(64) ExpState {
 // rounded, with kRounded: the tokens whose z2 is rounded before the shift is taken off, as the shift itself was.
 template <bool kTargets, bool kCapped, bool kRounded>
 LANES __mmask16 exp_half(const float* z, __m512 slope2, __m512 shift, __m512i offset, __m512 inverse_cap,
-                         __mmask16 rounded, __m512* sum, __m512i* pairs) {
+                         __mmask16 rounded, HalfSums* sums, __m512i* pairs) {
   __m512 top = lanes::constant(-std::numeric_limits<float>::infinity()), total = _mm512_setzero_ps();
+  __m512 product = total, kept = total;
 #pragma GCC unroll 2
   for (int i = 0; i < int(kTile); i += 2) {
     const __m512 z0 = _mm512_load_ps(z + i * kTile), z1 = _mm512_load_ps(z + (i + 1) * kTile);
@@ -102,10 +108,12 @@ LANES __mmask16 exp_half(const float* z, __m512 slope2, __m512 shift, __m512i of
       // a column of -inf lies outside tanh's range: its derivative is 0
       e0 = _mm512_mul_ps(e0, _mm512_max_ps(_mm512_setzero_ps(), _mm512_fnmadd_ps(t0, t0, one)));
       e1 = _mm512_mul_ps(e1, _mm512_max_ps(_mm512_setzero_ps(), _mm512_fnmadd_ps(t1, t1, one)));
+      product = _mm512_add_ps(product, _mm512_add_ps(e0, e1));
     }
     pairs[i / 2] = lanes::bf16_pairs(e0, e1);
+    kept = lanes::add_pairs(kept, pairs[i / 2]);
   }
-  *sum = total;
+  *sums = {total, product, kept};
   return _mm512_cmp_ps_mask(top, lanes::constant(kRoom), _CMP_GT_OQ);
 }
 
@@ -136,18 +144,18 @@ void exp_tile(const float* z, const Panel& panel, int64_t first_column, float so
       const int token = at + __builtin_ctz(bits);
       state.target[token] = z[(panel.target[token] - first_column) * kTile + token];
     }
-    __m512 sum;
+    HalfSums sums;
     __m512i pairs[16];
     for (;;) {
       const __m512 shift = _mm512_load_ps(state.shift + at);
       const __mmask16 rounded = _mm512_cmp_ps_mask(_mm512_abs_ps(shift), lanes::constant(kHuge), _CMP_GT_OQ);
       __mmask16 over;
       if (rounded != 0) {
-        over = exp_half<true, kCapped, true>(z + at, slope2, shift, offset, inverse_cap, rounded, &sum, pairs);
+        over = exp_half<true, kCapped, true>(z + at, slope2, shift, offset, inverse_cap, rounded, &sums, pairs);
       } else if (here != 0) {
-        over = exp_half<true, kCapped, false>(z + at, slope2, shift, offset, inverse_cap, 0, &sum, pairs);
+        over = exp_half<true, kCapped, false>(z + at, slope2, shift, offset, inverse_cap, 0, &sums, pairs);
       } else {
-        over = exp_half<false, kCapped, false>(z + at, slope2, shift, offset, inverse_cap, 0, &sum, pairs);
+        over = exp_half<false, kCapped, false>(z + at, slope2, shift, offset, inverse_cap, 0, &sums, pairs);
       }
       if (over == 0) break;  // else the tile's top exceeds the shift, which then rises to it
       alignas(64) float top[16];
@@ -156,11 +164,13 @@ void exp_tile(const float* z, const Panel& panel, int64_t first_column, float so
         const int token = at + __builtin_ctz(bits);
         const double factor = std::exp2(double(state.shift[token]) - double(top[token - at]));
         state.shift[token] = top[token - at];
-        state.mass[token] *= factor;
+        state.mass[token] *= factor, state.product[token] *= factor, state.kept[token] *= factor;
         raise(token, float(factor));
       }
     }
-    lanes::add_to(state.mass + at, sum);
+    lanes::add_to(state.mass + at, sums.mass);
+    lanes::add_to(state.product + at, kCapped ? sums.product : sums.mass);
+    lanes::add_to(state.kept + at, sums.kept);
     lanes::transpose(pairs);
     for (int token = 0; token < 16; ++token) _mm512_store_si512(e + (at + token) * kTile, pairs[token]);
   }

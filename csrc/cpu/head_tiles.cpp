@@ -195,7 +195,7 @@ void work(const Job& job, int64_t first_panel, int64_t last_panel, int64_t segme
 // The segments' exponentials of one token, brought to the largest shift: sums in order of the segments.
 void merge_exponentials(const Job& job, int64_t row, float* shift, double* mass, double* target, float* pulled) {
   const int64_t panel = row / bf16::kTile, t = row % bf16::kTile;
-  double top = -std::numeric_limits<double>::infinity(), scaled[kSegments];
+  double top = -std::numeric_limits<double>::infinity(), factor[kSegments];
   for (int64_t s = 0; s < job.segments; ++s) top = std::max(top, double(job.exp[s * job.panels + panel].shift[t]));
   const Panel& tokens = job.tokens[panel];
   const double unit = double(tokens.slope[t]) / tokens.slope2[t];  // ln 2 as it is in the slopes, both rounded
@@ -206,8 +206,11 @@ void merge_exponentials(const Job& job, int64_t row, float* shift, double* mass,
     const ExpState& state = job.exp[s * job.panels + panel];
     // the shift is handed on in natural units, rounded: the factors make up for it, where exp has the range. A shift of
     // -inf in effect: there is no column beside the target and masked ones.
-    scaled[s] = state.shift[t] < kNothing ? 0.0 : std::exp(double(state.shift[t]) * unit - base);
-    *mass += scaled[s] * state.mass[t];
+    const double scaled = state.shift[t] < kNothing ? 0.0 : std::exp(double(state.shift[t]) * unit - base);
+    *mass += scaled * state.mass[t];
+    // E' W as a mean of W's rows whose weights sum to what they should: what the rounding of E' did to their sum would
+    // show beside W_y, where the rows resemble each other
+    factor[s] = state.kept[t] > 0 ? scaled * (state.product[t] / state.kept[t]) : scaled;
     const bool here = tokens.target[t] >= 0 && tokens.target[t] / job.segment_columns == s;
     if (here) *target = std::max(double(state.target[t]) * tokens.slope[t], double(kMinusInf));
   }
@@ -215,7 +218,7 @@ void merge_exponentials(const Job& job, int64_t row, float* shift, double* mass,
     const int64_t n = std::min(bf16::kTile, job.width - h);
     for (int64_t s = 0; s < job.segments; ++s) {
       const float* from = job.pulled + (s * job.panels + panel) * job.panel_sums() + (h + t) * bf16::kTile;
-      const float by = float(scaled[s]);
+      const float by = float(factor[s]);
       for (int64_t i = 0; i < n; ++i) pulled[h + i] = (s == 0 ? 0.0f : pulled[h + i]) + by * from[i];
     }
   }
@@ -249,6 +252,8 @@ void chunk(Job job, float* shift, double* mass, double* target_z, float* pulled,
   for (int64_t i = 0; i < job.segments * job.panels; ++i) {
     exp.data[i].started = false;
     std::fill_n(exp.data[i].mass, kTile, 0.0);
+    std::fill_n(exp.data[i].product, kTile, 0.0);
+    std::fill_n(exp.data[i].kept, kTile, 0.0);
   }
   torch::stable::parallel_for(0, job.panels, 1, [&](int64_t lo, int64_t hi) {
     for (int64_t p = lo; p < hi; ++p) {
