@@ -47,7 +47,7 @@ void multiply(int64_t row_tiles, int64_t column_tiles, int64_t k, const Left& le
       for (int64_t j = 0; j < panels; ++j) right(first + j, columns.data + j * steps * 16 * kTile);
       for (int64_t i = 0; i < row_tiles; ++i) {
         const uint16_t* a = rows.data + i * steps * kTileSums;
-        for (int64_t s = 0; s < steps; s += kStepsAtOnce) {
+        for (int64_t s = 0; s == 0 || s < steps; s += kStepsAtOnce) {  // without any steps: zeros
           const int64_t n = std::min(kStepsAtOnce, steps - s);
           for (int64_t j = 0; j < panels; ++j) {
             unit->multiply(a + s * kTileSums, columns.data + (j * steps + s) * 16 * kTile, n, sums.data[j], s > 0);

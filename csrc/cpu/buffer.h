@@ -12,7 +12,7 @@ namespace {
 template <typename T>
 struct Buffer {  // page-aligned, not initialised
   explicit Buffer(int64_t n)
-      : data(static_cast<T*>(std::aligned_alloc(4096, (size_t(n) * sizeof(T) + 4095) / 4096 * 4096))) {
+      : data(static_cast<T*>(std::aligned_alloc(4096, (size_t(n) * sizeof(T) / 4096 + 1) * 4096))) {
     if (data == nullptr) throw std::bad_alloc();
   }
   ~Buffer() { std::free(data); }

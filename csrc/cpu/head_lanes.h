@@ -44,12 +44,15 @@ LANES __m512 exp2(__m512 x) {
   return power(_mm512_sub_ps(x, n), n);
 }
 
-// e^x, for x in [-87, 88] (clamped).
-LANES __m512 exp(__m512 x) {
-  x = _mm512_min_ps(constant(88.0f), _mm512_max_ps(constant(-87.0f), x));
+// e^x, for x in [-87, 88], clamped below.
+LANES __m512 exp_bounded(__m512 x) {
+  x = _mm512_max_ps(constant(-87.0f), x);
   const __m512 n = nearest(_mm512_mul_ps(x, constant(kLog2E)));
   return power(_mm512_fmadd_ps(x, constant(kLog2ELow), _mm512_fmsub_ps(x, constant(kLog2E), n)), n);
 }
+
+// e^x, for x in [-87, 88] (clamped).
+LANES __m512 exp(__m512 x) { return exp_bounded(_mm512_min_ps(constant(88.0f), x)); }
 
 // e^x - 1 - x for |x| < 1 by its series (truncation below 1e-7 relative).
 LANES __m512 expm1_minus_x(__m512 x) {
@@ -87,6 +90,11 @@ LANES __m512i bf16_pairs(__m512 first, __m512 second) {
   const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+
+// sum + the two bf16 of each word
+LANES __m512 add_pairs(__m512 sum, __m512i pairs) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(0x3f803f80));
 }
 
 // Adds 16 fp32 to 16 doubles.

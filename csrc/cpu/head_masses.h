@@ -10,18 +10,18 @@ namespace {
 
 // Of one panel and one side; with x = z - z_pivot, e = e^x and d the other side's log ratio relative to the pivot's.
 struct alignas(64) MassState {
-  float pivot[kTile];     // z of the pivot
+  float pivot[kTile];     // z of the pivot, kNothing before any
   float other[kTile];     // the other side's z there
   int32_t column[kTile];  // where it is; -1 before any
   float target[kTile];    // the target's logits on both sides, before the slope
   float other_target[kTile];
   double e[kTile], u[kTile];                            // sums of e, e x
   double a[kTile], b[kTile], d[kTile], other_e[kTile];  // of e (expm1 d - d), e expm1 d, e d, e^(zr - zr_pivot)
-  uint32_t far;                                         // tokens whose other_e would overflow: unusable
+  uint32_t far;                                         // tokens whose sums have left their range: unusable
 
   void clear() {
     for (int64_t t = 0; t < kTile; ++t) {
-      pivot[t] = -3e38f, other[t] = 0, column[t] = -1, target[t] = 0, other_target[t] = 0;
+      pivot[t] = other[t] = kNothing, column[t] = -1, target[t] = 0, other_target[t] = 0;
       e[t] = u[t] = a[t] = b[t] = d[t] = other_e[t] = 0;
     }
     far = 0;
@@ -43,7 +43,7 @@ struct alignas(64) MassState {
       b[t] = moved * b[t] + grown * count;
       d[t] = shrink * (d[t] + ratio * count);
       other_e[t] = moved * (other_e[t] + (old_is_target ? 0 : 1));
-      if (ratio - step > kFarReference) far |= 1u << t;
+      if (ratio > kFarthest || ratio - step > kFarReference) far |= 1u << t;
       u[t] = shrink * (u[t] - step * count);
       e[t] = shrink * count;
     }
@@ -70,8 +70,9 @@ LANES __mmask16 mass_half(const float* z, const float* zr, __m512 slope, __m512 
       const __m512i row = _mm512_set1_epi32(i);
       keep = _mm512_cmpneq_epi32_mask(skip_pivot, row) & _mm512_cmpneq_epi32_mask(skip_target, row);
     }
-    const __m512 x = _mm512_max_ps(lanes::constant(-200.0f), _mm512_fmsub_ps(zi, slope, pivot));
-    __m512 e = lanes::exp(x);
+    __m512 x = _mm512_max_ps(lanes::constant(-200.0f), _mm512_fmsub_ps(zi, slope, pivot));
+    x = _mm512_min_ps(zero, x);  // the pivot is rounded, the product is not
+    __m512 e = lanes::exp_bounded(x);
     if constexpr (kSkip) e = _mm512_maskz_mov_ps(keep, e);
     s.e = _mm512_add_ps(s.e, e);
     s.u = _mm512_fmadd_ps(e, x, s.u);
@@ -155,6 +156,7 @@ struct TokenMass {
   double lse, rest, target, entropy;           // as `Mass` in logit_row.h
   double other_lse, other_rest, other_target;  // with kRatio: the other side
   double difference, kl;
+  bool far;  // as in MassState: difference, kl and the other side's masses are void
 };
 
 // What a token's sums say; the target and the pivot join here, in double. present: the target was among the columns.
@@ -162,19 +164,21 @@ template <bool kRatio>
 TokenMass finish(const MassState& s, int t, float slope, bool present, bool is_pivot) {
   const double lowest = kMinusInf, missing = -std::numeric_limits<double>::infinity();
   TokenMass out{};
-  out.target = present ? double(s.target[t]) * slope : missing;
+  out.target = present ? std::max(double(s.target[t]) * slope, lowest) : missing;
   const bool apart = present && !is_pivot;
   const double x = apart ? out.target - s.pivot[t] : 0, share = apart ? std::exp(x) : 0;
   const double e = s.e[t] + share, u = s.u[t] + share * x;
   out.lse = s.pivot[t] + std::log1p(e);
   out.rest = !present ? out.lse : apart ? s.pivot[t] + std::log1p(s.e[t]) : e == 0 ? lowest : s.pivot[t] + std::log(e);
   out.entropy = std::log1p(e) - u / (1 + e);
-  if (s.pivot[t] <= kMinusInf) {  // nothing but masked columns
-    out.lse = lowest, out.rest = lowest, out.entropy = e * 0;
+  const double nan_or_0 = e * 0;
+  if (s.column[t] < 0) {  // nothing but masked columns, or NaN
+    out.lse = out.rest = lowest + nan_or_0, out.entropy = nan_or_0;
   }
   if constexpr (kRatio) {
-    out.other_target = present ? double(s.other_target[t]) * slope : missing;
+    out.other_target = present ? std::max(double(s.other_target[t]) * slope, lowest) : missing;
     const double d = apart ? (out.other_target - out.target) - (double(s.other[t]) - s.pivot[t]) : 0;
+    out.far = d > kFarthest || (s.far >> t & 1u) != 0;
     const double grown = std::expm1(d);
     const double a = s.a[t] + share * (grown - d), b = s.b[t] + share * grown, ds = s.d[t] + share * d;
     const double other = s.other_e[t] + share * (1 + grown), q = b / (1 + e);
@@ -192,6 +196,7 @@ TokenMass finish(const MassState& s, int t, float slope, bool present, bool is_p
                      : apart             ? s.other[t] + std::log1p(s.other_e[t])
                      : s.other_e[t] == 0 ? lowest
                                          : s.other[t] + std::log(s.other_e[t]);
+    if (s.column[t] < 0) out.other_lse = out.other_rest = lowest + other * 0;
   }
   return out;
 }

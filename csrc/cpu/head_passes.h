@@ -18,8 +18,11 @@ namespace {
 using bf16::kTile;
 
 constexpr float kMinusInf = -1e30f;     // stands for -inf, so that no difference of two logits is NaN
+constexpr float kNothing = -1e20f;      // below it a shift is that of masked columns, at any sensible temperature
 constexpr float kRoom = 86.5617f;       // 60 / ln 2: how far, in powers of 2, a logit may exceed the shift
+constexpr float kHuge = 134217728.0f;   // 2^27: of a larger shift the rounding error alone would leave exp2's range
 constexpr float kFarReference = 60.0f;  // e^60 leaves room for 1e12 columns in fp32
+constexpr double kFarthest = 600;       // a single token's log ratio: e^600 and a share of e^-700 are still doubles
 
 // The tokens of one panel.
 struct alignas(64) Panel {
@@ -44,7 +47,10 @@ struct Shape {
         if (i >= valid) {
           x = lanes::constant(lowest);
         } else {
-          if (bias != nullptr) x = _mm512_add_ps(x, lanes::constant(bias[i]));
+          if (bias != nullptr) {  // a masked column becomes finite; NaN passes (min and max return the second operand)
+            x = _mm512_add_ps(x, lanes::constant(bias[i]));
+            x = lowest < 0 ? _mm512_max_ps(lanes::constant(lowest), x) : _mm512_min_ps(lanes::constant(lowest), x);
+          }
           if (softcap > 0) x = _mm512_mul_ps(cap, lanes::tanh(_mm512_mul_ps(x, inner)));
         }
         _mm512_store_ps(z + i * kTile + j, x);
@@ -57,21 +63,33 @@ struct Shape {
 
 struct alignas(64) ExpState {
   float shift[kTile];
-  float target[kTile];  // the target's shaped logit, NaN before it is met
-  double mass[kTile];   // sum of E'
+  float target[kTile];                 // the target's shaped logit, once it is met
+  double mass[kTile];                  // sum of E'
+  double product[kTile], kept[kTile];  // sum of what goes into E' W, before and after its rounding to bf16
   bool started;
+};
+
+struct HalfSums {
+  __m512 mass, product, kept;  // as in ExpState; product with a softcap only
 };
 
 // One half of a tile: 16 tokens. pairs [16][16]: two neighbouring columns' E' (times the softcap's derivative) in bf16.
 // Returns the tokens for which a column exceeds the shift by more than kRoom; their sums are then to be made anew.
-template <bool kTargets, bool kCapped>
-LANES __mmask16 exp_half(const float* z, __m512 slope2, __m512 shift, __m512i offset, __m512 inverse_cap, __m512* sum,
-                         __m512i* pairs) {
+// rounded, with kRounded: the tokens whose z2 is rounded before the shift is taken off, as the shift itself was.
+template <bool kTargets, bool kCapped, bool kRounded>
+LANES __mmask16 exp_half(const float* z, __m512 slope2, __m512 shift, __m512i offset, __m512 inverse_cap,
+                         __mmask16 rounded, HalfSums* sums, __m512i* pairs) {
   __m512 top = lanes::constant(-std::numeric_limits<float>::infinity()), total = _mm512_setzero_ps();
+  __m512 product = total, kept = total;
 #pragma GCC unroll 2
   for (int i = 0; i < int(kTile); i += 2) {
     const __m512 z0 = _mm512_load_ps(z + i * kTile), z1 = _mm512_load_ps(z + (i + 1) * kTile);
-    const __m512 y0 = _mm512_fmsub_ps(z0, slope2, shift), y1 = _mm512_fmsub_ps(z1, slope2, shift);
+    __m512 y0 = _mm512_fmsub_ps(z0, slope2, shift), y1 = _mm512_fmsub_ps(z1, slope2, shift);
+    if constexpr (kRounded) {  // products that the compiler does not contract
+      constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+      y0 = _mm512_mask_sub_ps(y0, rounded, _mm512_mul_round_ps(z0, slope2, kNearest), shift);
+      y1 = _mm512_mask_sub_ps(y1, rounded, _mm512_mul_round_ps(z1, slope2, kNearest), shift);
+    }
     __m512 e0 = lanes::exp2(y0), e1 = lanes::exp2(y1);
     if constexpr (kTargets) {
       const __mmask16 keep0 = _mm512_cmpneq_epi32_mask(offset, _mm512_set1_epi32(i));
@@ -90,10 +108,12 @@ LANES __mmask16 exp_half(const float* z, __m512 slope2, __m512 shift, __m512i of
       // a column of -inf lies outside tanh's range: its derivative is 0
       e0 = _mm512_mul_ps(e0, _mm512_max_ps(_mm512_setzero_ps(), _mm512_fnmadd_ps(t0, t0, one)));
       e1 = _mm512_mul_ps(e1, _mm512_max_ps(_mm512_setzero_ps(), _mm512_fnmadd_ps(t1, t1, one)));
+      product = _mm512_add_ps(product, _mm512_add_ps(e0, e1));
     }
     pairs[i / 2] = lanes::bf16_pairs(e0, e1);
+    kept = lanes::add_pairs(kept, pairs[i / 2]);
   }
-  *sum = total;
+  *sums = {total, product, kept};
   return _mm512_cmp_ps_mask(top, lanes::constant(kRoom), _CMP_GT_OQ);
 }
 
@@ -124,25 +144,33 @@ void exp_tile(const float* z, const Panel& panel, int64_t first_column, float so
       const int token = at + __builtin_ctz(bits);
       state.target[token] = z[(panel.target[token] - first_column) * kTile + token];
     }
-    __m512 sum;
+    HalfSums sums;
     __m512i pairs[16];
     for (;;) {
       const __m512 shift = _mm512_load_ps(state.shift + at);
-      const __mmask16 over = here != 0
-                                 ? exp_half<true, kCapped>(z + at, slope2, shift, offset, inverse_cap, &sum, pairs)
-                                 : exp_half<false, kCapped>(z + at, slope2, shift, offset, inverse_cap, &sum, pairs);
-      if (over == 0) break;
+      const __mmask16 rounded = _mm512_cmp_ps_mask(_mm512_abs_ps(shift), lanes::constant(kHuge), _CMP_GT_OQ);
+      __mmask16 over;
+      if (rounded != 0) {
+        over = exp_half<true, kCapped, true>(z + at, slope2, shift, offset, inverse_cap, rounded, &sums, pairs);
+      } else if (here != 0) {
+        over = exp_half<true, kCapped, false>(z + at, slope2, shift, offset, inverse_cap, 0, &sums, pairs);
+      } else {
+        over = exp_half<false, kCapped, false>(z + at, slope2, shift, offset, inverse_cap, 0, &sums, pairs);
+      }
+      if (over == 0) break;  // else the tile's top exceeds the shift, which then rises to it
       alignas(64) float top[16];
       _mm512_store_ps(top, top_half(z + at, slope2, offset));
       for (unsigned bits = over; bits != 0; bits &= bits - 1) {
         const int token = at + __builtin_ctz(bits);
         const double factor = std::exp2(double(state.shift[token]) - double(top[token - at]));
         state.shift[token] = top[token - at];
-        state.mass[token] *= factor;
+        state.mass[token] *= factor, state.product[token] *= factor, state.kept[token] *= factor;
         raise(token, float(factor));
       }
     }
-    lanes::add_to(state.mass + at, sum);
+    lanes::add_to(state.mass + at, sums.mass);
+    lanes::add_to(state.product + at, kCapped ? sums.product : sums.mass);
+    lanes::add_to(state.kept + at, sums.kept);
     lanes::transpose(pairs);
     for (int token = 0; token < 16; ++token) _mm512_store_si512(e + (at + token) * kTile, pairs[token]);
   }

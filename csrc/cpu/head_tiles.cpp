@@ -76,6 +76,7 @@ void store_states(const Job& job, int64_t segment, int64_t panel, const Masses& 
                    : finish<false>(side, int(t), slope, present, is_pivot);
     };
     const TokenMass p = finish_side(m.policy, job.kl);
+    bool far = p.far;
     double values[kState] = {p.lse,        p.rest,         p.target,     p.entropy, p.other_lse,
                              p.other_rest, p.other_target, p.difference, p.kl,      0};
     if (job.xr != nullptr && (job.rkl || !job.kl)) {
@@ -83,11 +84,11 @@ void store_states(const Job& job, int64_t segment, int64_t panel, const Masses& 
       values[4] = q.lse, values[5] = q.rest, values[6] = q.target;
       if (!job.kl) values[7] = job.rkl ? -q.difference : q.lse - p.lse;
       values[9] = q.kl;
+      far = far || q.far;
     }
     double* out = job.state + segment * kState * job.all_rows + job.first_row + row;
     for (int64_t k = 0; k < kState; ++k) out[k * job.all_rows] = values[k];
-    const uint32_t far = (job.kl ? m.policy.far : 0u) | (job.rkl ? m.reference.far : 0u);
-    if ((far >> t & 1u) != 0) job.far[job.first_row + row] = 1;
+    if (far) job.far[job.first_row + row] = 1;
   }
 }
 
@@ -100,7 +101,7 @@ void pack_strips(const uint16_t* w, int64_t stride, int64_t n, int64_t width, ui
 
 // z[g] = the logits of strip g and one panel, raw. In chunks of k, so that the panel's chunk stays in the first level.
 void logits(const Job& job, const uint16_t* strips, int64_t n, const uint32_t* panel, float (*z)[kTileSums]) {
-  for (int64_t k = 0; k < job.steps; k += kStepsAtOnce) {
+  for (int64_t k = 0; k == 0 || k < job.steps; k += kStepsAtOnce) {  // without any steps: zeros
     const int64_t steps = std::min(kStepsAtOnce, job.steps - k);
     for (int64_t g = 0; g < n; ++g) {
       job.unit->multiply(strips + (g * job.steps + k) * kTileSums, panel + k * 16 * bf16::kTile, steps, z[g], k > 0);
@@ -194,24 +195,30 @@ void work(const Job& job, int64_t first_panel, int64_t last_panel, int64_t segme
 // The segments' exponentials of one token, brought to the largest shift: sums in order of the segments.
 void merge_exponentials(const Job& job, int64_t row, float* shift, double* mass, double* target, float* pulled) {
   const int64_t panel = row / bf16::kTile, t = row % bf16::kTile;
-  double top = -std::numeric_limits<double>::infinity(), scaled[kSegments];
+  double top = -std::numeric_limits<double>::infinity(), factor[kSegments];
   for (int64_t s = 0; s < job.segments; ++s) top = std::max(top, double(job.exp[s * job.panels + panel].shift[t]));
-  constexpr double kLn2 = 0.69314718055994530942;
-  *shift = float(top * kLn2);
+  const Panel& tokens = job.tokens[panel];
+  const double unit = double(tokens.slope[t]) / tokens.slope2[t];  // ln 2 as it is in the slopes, both rounded
+  *shift = float(top * unit);
+  const double base = std::abs(top) < kHuge ? double(*shift) : top * unit;
   *mass = 0, *target = -std::numeric_limits<double>::infinity();
   for (int64_t s = 0; s < job.segments; ++s) {
     const ExpState& state = job.exp[s * job.panels + panel];
-    // the shift is handed on in natural units, rounded: the factors make up for it. A shift of -inf in effect: there is
-    // no column beside the target and masked ones.
-    scaled[s] = state.shift[t] < 0.1f * kMinusInf ? 0.0 : std::exp(double(state.shift[t]) * kLn2 - double(*shift));
-    *mass += scaled[s] * state.mass[t];
-    if (state.target[t] == state.target[t]) *target = double(state.target[t]) * job.tokens[panel].slope[t];
+    // the shift is handed on in natural units, rounded: the factors make up for it, where exp has the range. A shift of
+    // -inf in effect: there is no column beside the target and masked ones.
+    const double scaled = state.shift[t] < kNothing ? 0.0 : std::exp(double(state.shift[t]) * unit - base);
+    *mass += scaled * state.mass[t];
+    // E' W as a mean of W's rows whose weights sum to what they should: what the rounding of E' did to their sum would
+    // show beside W_y, where the rows resemble each other
+    factor[s] = state.kept[t] > 0 ? scaled * (state.product[t] / state.kept[t]) : scaled;
+    const bool here = tokens.target[t] >= 0 && tokens.target[t] / job.segment_columns == s;
+    if (here) *target = std::max(double(state.target[t]) * tokens.slope[t], double(kMinusInf));
   }
   for (int64_t h = 0; h < job.width; h += bf16::kTile) {
     const int64_t n = std::min(bf16::kTile, job.width - h);
     for (int64_t s = 0; s < job.segments; ++s) {
       const float* from = job.pulled + (s * job.panels + panel) * job.panel_sums() + (h + t) * bf16::kTile;
-      const float by = float(scaled[s]);
+      const float by = float(factor[s]);
       for (int64_t i = 0; i < n; ++i) pulled[h + i] = (s == 0 ? 0.0f : pulled[h + i]) + by * from[i];
     }
   }
@@ -245,7 +252,8 @@ void chunk(Job job, float* shift, double* mass, double* target_z, float* pulled,
   for (int64_t i = 0; i < job.segments * job.panels; ++i) {
     exp.data[i].started = false;
     std::fill_n(exp.data[i].mass, kTile, 0.0);
-    std::fill_n(exp.data[i].target, kTile, std::numeric_limits<float>::quiet_NaN());
+    std::fill_n(exp.data[i].product, kTile, 0.0);
+    std::fill_n(exp.data[i].kept, kTile, 0.0);
   }
   torch::stable::parallel_for(0, job.panels, 1, [&](int64_t lo, int64_t hi) {
     for (int64_t p = lo; p < hi; ++p) {

@@ -2,7 +2,7 @@
 this rank's shard of the vocabulary; and its logits, a block of columns at a time. Scratch memory is one block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,14 +47,19 @@ def outer(dz: Tensor, x: Tensor, out: Tensor) -> None:
         out.copy_(dz.t() @ x.float())
 
 
-def operand(x: Tensor) -> Tensor:
-    """A GEMM operand: half precision stays where products with fp32 accumulators are at hand (bf16 and fp16 on a GPU,
-    bf16 on some CPUs), all else becomes fp32."""
-    if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
-        return x
-    if not has_tiles(x):
-        return x.float()
-    return x if x.stride(1) == 1 else x.contiguous()
+def operand_dtype(matrices: Iterable[Tensor]) -> torch.dtype:
+    """What a head's GEMMs take: half precision if all its matrices are of one, and products with fp32 accumulators are
+    at hand (bf16 and fp16 on a GPU, bf16 on some CPUs); else fp32."""
+    first, *others = matrices
+    on_gpu = first.device.type == "cuda" and first.dtype in (torch.bfloat16, torch.float16)
+    kept = (on_gpu or has_tiles(first)) and all(x.dtype == first.dtype for x in others)
+    return first.dtype if kept else torch.float32
+
+
+def operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as a GEMM operand."""
+    x = x.to(dtype)
+    return x.contiguous() if dtype == torch.bfloat16 and x.device.type == "cpu" and x.stride(1) != 1 else x
 
 
 @dataclass
@@ -141,7 +146,7 @@ class Block:
 class Head:
     """The rows that count and the matrices they meet; all tensors on one device.
 
-    x, ref [R, H] GEMM operands; target int64 [R], counted from this shard's first column; temperature fp32 [R].
+    x, ref [R, H] GEMM operands of one dtype, which the weights' blocks take too; target int64 [R], counted from this shard's first column; temperature fp32 [R].
     saved: z (and zr) [1 or 2, R, V] kept from the forward, which then replace the GEMM.
     """
 
@@ -185,7 +190,7 @@ class Head:
         both = torch.cat([self.x, self.ref]) if reference and self.ref_weight is None else None  # type: ignore[list-item]
         for start in range(0, vocabulary, step):
             stop = min(start + step, vocabulary)
-            w = self._operand(self.weight[start:stop])
+            w = operand(self.weight[start:stop], self.x.dtype)
             logits = buffer[: sides * rows * (stop - start)].view(sides, rows, stop - start)
             z, zr = logits[0], logits[1] if reference else None
             if self.saved is not None:
@@ -197,14 +202,11 @@ class Head:
             else:
                 mm_fp32(self.x, w, z)
                 if zr is not None:
-                    mm_fp32(self.ref, self._operand(self.ref_weight[start:stop]), zr)  # type: ignore[arg-type,index]
+                    other = operand(self.ref_weight[start:stop], self.x.dtype)  # type: ignore[index]
+                    mm_fp32(self.ref, other, zr)  # type: ignore[arg-type]
             for adapter in self.low_rank:
                 adapter.add_to(z, start, stop)
             yield Block(start, stop, w, z, zr, True)
-
-    def _operand(self, w: Tensor) -> Tensor:
-        """Rows of a weight as x's partner: x stays in half precision only where the weights have its dtype."""
-        return w.float() if self.x.dtype == torch.float32 else operand(w)
 
     def shaping(self, block: Block) -> tuple[Tensor | None, Tensor, float, float]:
         """The row passes' common arguments: the block's bias, temperature, softcap, scale."""

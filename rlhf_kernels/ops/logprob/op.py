@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_kernels.ops.logprob import state as st
 from rlhf_kernels.ops.logprob import sweep
 from rlhf_kernels.ops.logprob.checks import check_values
-from rlhf_kernels.ops.logprob.head import Head, LowRank, Shard, operand
+from rlhf_kernels.ops.logprob.head import Head, LowRank, Shard, operand, operand_dtype
 from rlhf_kernels.ops.registry import no_autocast
 
 RETURNED = ("logprob", "lse", "entropy", "ref_logprob", "kl", "rkl", "js")
@@ -83,9 +83,8 @@ def _head(
     index = None if lora_index is None else take(lora_index)
     shard, vocabulary = Shard.of(tp_group, weight.shape[0], weight.device)
     check_values(y, vocabulary, t, None, index, 0 if lora_a is None else lora_a.shape[0])
-    weights = [w for w in (weight, ref_weight) if w is not None]
-    x = operand(x) if all(w.dtype == x.dtype for w in weights) else x.float()
-    ref = None if ref_hidden is None else operand(take(ref_hidden)).to(x.dtype)
+    dtype = operand_dtype(m for m in (x, weight, ref_hidden, ref_weight) if m is not None)
+    x, ref = operand(x, dtype), None if ref_hidden is None else operand(take(ref_hidden), dtype)
     return Head(
         x=x,
         ref=ref,
