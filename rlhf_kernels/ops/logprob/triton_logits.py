@@ -79,6 +79,8 @@ def forward_kernel(
         small = tl.exp(-tl.abs(odds))
         logprob = -log1p_wide(small) - tl.where(odds > 0, odds, 0.0)
         miss = tl.where(odds > 0, 1.0, small) / (1.0 + small)
+        logprob = tl.where(here, logprob, float("nan"))  # a target outside the vocabulary
+        miss = tl.where(here, miss, float("nan"))
         rounded = lse.to(tl.float32)
         tl.store(out, logprob.to(tl.float32))
         tl.store(out + rows, rounded)
@@ -107,6 +109,7 @@ def backward_kernel(
     inner = tl.where(is_target, inner + tl.load(c + 4 * rows), inner)  # logprob's share is added exactly: g (1 - p)
     p = exp(log_p)
     dz = tl.where(is_target, tl.load(c + 5 * rows), 0.0) + p * inner
+    dz = tl.where((target < 0) | (target >= n), float("nan"), dz)
     dz = tl.where(target == ignore_index, 0.0, dz * tl.div_rn(1.0, temperature))
     tl.store(out_ptr + row * out_stride + columns, dz.to(out_ptr.dtype.element_ty), mask=keep)
 
