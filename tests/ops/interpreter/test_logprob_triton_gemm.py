@@ -91,7 +91,8 @@ REFERENCES = {
     "kl": ({}, ("kl",)),
     "reverse kl": ({}, ("rkl",)),
     "no divergence": ({"vocabulary": 300}, ()),
-    "own weight, softcap, bias": ({"own_reference": True, "softcap": 5.0, "bias": True}, ("kl",)),
+    "own weight, softcap": ({"own_reference": True, "softcap": 5.0}, ("kl",)),
+    "own weight, bias": ({"own_reference": True, "bias": True, "temperature": 0.8}, ("kl",)),
     "own weight, any stride, reverse": ({"own_reference": True, "width": 67, "temperature": "per row"}, ("rkl",)),
     "far apart": ({"noise": 4.0}, ("kl",)),
     "reverse, far apart": ({"noise": 4.0}, ("rkl",)),
@@ -110,7 +111,9 @@ def test_what_the_blocks_do_better_is_left_to_them(device, swept):
     case = Case(rows=7, width=8, vocabulary=123)
     assert_as_exact_as_plain(case, device, entropy=True, divergence=("kl", "rkl"))
     assert_as_exact_as_plain(case, device, entropy=True, grad=True)
-    assert swept == [("states", False)] * 2
+    both = Case(rows=7, width=8, vocabulary=123, softcap=5.0, bias=True)
+    assert_as_exact_as_plain(both, device, entropy=True, divergence=("kl",))
+    assert swept == [("states", False)] * 3
 
 
 def head_of(logits, target, device, reference=None):
