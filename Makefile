@@ -1,10 +1,11 @@
 # `make demo` and `make test` work on a fresh machine with Python 3.11, gcc and a package registry: they make .venv first.
 PYTHON ?= python3
+GPU_PYTHON ?= python3
 BIN := .venv/bin
 ALGO ?= hydra-ppo
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all lint format build wheel kernels clean
+.PHONY: demo test test-all gpu lint format build wheel kernels clean
 
 demo: build
 	$(BIN)/rlhf-train demo --algorithm $(ALGO)
@@ -14,6 +15,10 @@ test: lint
 
 test-all: lint
 	GOMP_SPINCOUNT=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=30
+
+# on a CUDA machine that has everything installed: no .venv, no registry
+gpu:
+	@$(GPU_PYTHON) -m benchmarks.gpu
 
 lint: build
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "clones.h"
+#include "half.h"
 #include "vec_exp.h"
 
 namespace {
@@ -15,16 +16,11 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr double kOne = 1099511627776.0;  // 2^40: a weight of 1
 
 CLONES void widen_bf16(const uint16_t* in, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = std::bit_cast<float>(uint32_t(in[i]) << 16);
+  for (int64_t i = 0; i < n; ++i) out[i] = bf16_to_float(in[i]);
 }
 
 CLONES void widen_half(const uint16_t* in, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t h = in[i], magnitude = (h & 0x7fffu) << 13;
-    const float scaled = std::bit_cast<float>(magnitude) * 0x1p112f;  // moves the exponent's bias, subnormals too
-    const uint32_t bits = magnitude >= 0x7c00u << 13 ? magnitude | 0x7f800000u : std::bit_cast<uint32_t>(scaled);
-    out[i] = std::bit_cast<float>(bits | (h & 0x8000u) << 16);
-  }
+  for (int64_t i = 0; i < n; ++i) out[i] = half_to_float(in[i]);
 }
 
 // The largest of z[0..n), NaN if there is one.

@@ -65,13 +65,15 @@ struct JsSums {
 };
 
 // With h half the log ratio and a = sqrt(p q), a column's share is a (h sinh h - cosh h log cosh h): nothing cancels.
-CLONES JsSums js_chunk(const float* z, const float* zr, int64_t n, float lse, float lse_low, float ratio) {
+// The reference's own normaliser gives q: p e^2h would round twice where the two models live on different tokens.
+CLONES JsSums js_chunk(const float* z, const float* zr, int64_t n, float lse, float lse_low, float ref_lse,
+                       float ref_lse_low, float ratio) {
   float js_sum = 0, mean_sum = 0;
 #pragma omp simd reduction(+ : js_sum, mean_sum)
   for (int64_t i = 0; i < n; ++i) {
     const float log_p = (z[i] - lse) - lse_low;
     const float t = (zr[i] - z[i]) - ratio, h = 0.5f * t, x = h * h;
-    const float p = vec::exp(log_p), q = vec::exp(log_p + t);
+    const float p = vec::exp(log_p), q = vec::exp((zr[i] - ref_lse) - ref_lse_low);
     float g = -8.28145785e-5f;
     g = g * x + 3.60898125e-4f;
     g = g * x - 1.38821174e-3f;
@@ -220,9 +222,12 @@ void head_js(Tensor z, Tensor zr, std::optional<Tensor> bias, Tensor temperature
     to_z(other, i, n);
     clamp_and_max(row, n);
     clamp_and_max(other, n);
+    const float difference = data<float>(ratio)[i];
+    const double ref_lse = double(high[i]) + high[rows + i] + difference;
+    const float ref_high = float(ref_lse), ref_low = float(ref_lse - ref_high);
     for (int64_t j = 0; j < n; j += kChunk) {
       const JsSums part =
-          js_chunk(row + j, other + j, std::min(kChunk, n - j), high[i], high[rows + i], data<float>(ratio)[i]);
+          js_chunk(row + j, other + j, std::min(kChunk, n - j), high[i], high[rows + i], ref_high, ref_low, difference);
       data<double>(sums)[i] += part.js;
       data<double>(sums)[rows + i] += part.kl_mean;
     }

@@ -2,46 +2,57 @@
 // that are widened to fp32 on the stack; chunks merge by log-mass and the chain rule of entropy.
 #include <torch/csrc/stable/library.h>
 
+#include "half.h"
 #include "logit_row.h"
 
 namespace {
 
 constexpr int64_t kWidth = 4096;  // columns of a chunk: 16 KiB of fp32
 
-CLONES void load(const float* x, float* z, int64_t n, float temperature) {
+struct Bf16 {
+  uint16_t bits;
+};
+
+struct Half {
+  uint16_t bits;
+};
+
+CLONES void load_single(const float* x, float* z, int64_t n, float temperature) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) z[i] = x[i] / temperature;
 }
 
-CLONES void load(const uint16_t* x, float* z, int64_t n, float temperature) {  // bf16: the upper half of an fp32
+CLONES void load_bf16(const Bf16* x, float* z, int64_t n, float temperature) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) z[i] = std::bit_cast<float>(uint32_t(x[i]) << 16) / temperature;
+  for (int64_t i = 0; i < n; ++i) z[i] = bf16_to_float(x[i].bits) / temperature;
 }
 
-CLONES void load(const _Float16* x, float* z, int64_t n, float temperature) {
+CLONES void load_half(const Half* x, float* z, int64_t n, float temperature) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) z[i] = float(x[i]) / temperature;
+  for (int64_t i = 0; i < n; ++i) z[i] = half_to_float(x[i].bits) / temperature;
 }
 
-CLONES void store(const float* z, float* x, int64_t n, float factor) {
+CLONES void store_single(const float* z, float* x, int64_t n, float factor) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) x[i] = z[i] * factor;
 }
 
-CLONES void store(const float* z, uint16_t* x, int64_t n, float factor) {
+CLONES void store_bf16(const float* z, Bf16* x, int64_t n, float factor) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float v = z[i] * factor;
-    const uint32_t bits = std::bit_cast<uint32_t>(v);
-    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest even
-    x[i] = v == v ? uint16_t(rounded) : uint16_t(0x7FC0);
-  }
+  for (int64_t i = 0; i < n; ++i) x[i].bits = float_to_bf16(z[i] * factor);
 }
 
-CLONES void store(const float* z, _Float16* x, int64_t n, float factor) {
+CLONES void store_half(const float* z, Half* x, int64_t n, float factor) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) x[i] = _Float16(z[i] * factor);
+  for (int64_t i = 0; i < n; ++i) x[i].bits = float_to_half(z[i] * factor);
 }
+
+void load(const float* x, float* z, int64_t n, float temperature) { load_single(x, z, n, temperature); }
+void load(const Bf16* x, float* z, int64_t n, float temperature) { load_bf16(x, z, n, temperature); }
+void load(const Half* x, float* z, int64_t n, float temperature) { load_half(x, z, n, temperature); }
+void store(const float* z, float* x, int64_t n, float factor) { store_single(z, x, n, factor); }
+void store(const float* z, Bf16* x, int64_t n, float factor) { store_bf16(z, x, n, factor); }
+void store(const float* z, Half* x, int64_t n, float factor) { store_half(z, x, n, factor); }
 
 double log_add(double a, double b) {
   const double top = std::max(a, b);
@@ -95,7 +106,7 @@ void backward_rows(const Tensor& logits, const int64_t* target, const float* tem
     const T* row = data<T>(logits) + i * stride;
     T* d = data<T>(out) + i * out_stride;
     if (target[i] == ignore_index) {
-      std::fill(d, d + n, T(0));
+      std::fill(d, d + n, T{});
       return;
     }
     const float upstream = c[4 * rows + i];
@@ -128,8 +139,8 @@ void logprob_rows(Tensor logits, Tensor target, Tensor temperature, int64_t igno
   auto* o = data<float>(out);
   using torch::headeronly::ScalarType;
   if (logits.scalar_type() == ScalarType::Float) forward_rows<float>(logits, y, t, ignore_index, o);
-  if (logits.scalar_type() == ScalarType::BFloat16) forward_rows<uint16_t>(logits, y, t, ignore_index, o);
-  if (logits.scalar_type() == ScalarType::Half) forward_rows<_Float16>(logits, y, t, ignore_index, o);
+  if (logits.scalar_type() == ScalarType::BFloat16) forward_rows<Bf16>(logits, y, t, ignore_index, o);
+  if (logits.scalar_type() == ScalarType::Half) forward_rows<Half>(logits, y, t, ignore_index, o);
 }
 
 // Gradient of the logits into out, which may be the logits themselves. coefficients [6, rows] (fp32): lse as a sum
@@ -141,8 +152,8 @@ void logprob_rows_backward(Tensor logits, Tensor target, Tensor temperature, int
   const auto* c = data<float>(coefficients);
   using torch::headeronly::ScalarType;
   if (logits.scalar_type() == ScalarType::Float) backward_rows<float>(logits, y, t, ignore_index, c, out);
-  if (logits.scalar_type() == ScalarType::BFloat16) backward_rows<uint16_t>(logits, y, t, ignore_index, c, out);
-  if (logits.scalar_type() == ScalarType::Half) backward_rows<_Float16>(logits, y, t, ignore_index, c, out);
+  if (logits.scalar_type() == ScalarType::BFloat16) backward_rows<Bf16>(logits, y, t, ignore_index, c, out);
+  if (logits.scalar_type() == ScalarType::Half) backward_rows<Half>(logits, y, t, ignore_index, c, out);
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
 """Which Triton kernels the project ships, and in which configurations: what is compiled ahead of time and checked.
 
-Every file with Triton kernels has `shipped(arch) -> list[Shipped]`, every kernel of it in every configuration that its
-launchers choose on `arch` (one of ARCHES), and stands in FILES. `benchmarks/kernels` compiles them without a GPU.
+Every file with Triton kernels has `shipped(arch) -> list[Shipped]`, every kernel of it in the configurations that stand
+for all that its launchers choose on `arch` (one of ARCHES), and stands in FILES. `benchmarks/kernels` compiles them
+without a GPU.
 """
 
 import importlib

@@ -14,6 +14,8 @@ from rlhf_kernels.ops.advantage import gae, masked_whiten
 from rlhf_kernels.ops.advantage.api import _gae, _gae_backward
 from rlhf_kernels.ops.advantage.whiten import _masked_moments
 
+pytestmark = pytest.mark.usefixtures("device")
+
 NAN = float("nan")
 BACKENDS = [
     "naive",
@@ -38,7 +40,7 @@ def padded_loop(rewards: Tensor, values: Tensor, gamma: float, lam: float, last_
 
 
 def random_rows(b: int, t: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    g = torch.Generator().manual_seed(b * 1000 + t)
+    g = torch.Generator(torch.get_default_device()).manual_seed(b * 1000 + t)
     rewards, values = torch.randn(2, b, t, generator=g, dtype=dtype)
     return rewards, values, torch.randn(b, generator=g, dtype=dtype)
 
@@ -74,7 +76,7 @@ def test_gae_equals_the_textbook_loop_to_the_bit(backend: str, b: int, t: int, d
 def test_masked_tokens_do_not_exist(backend: str, holes: bool) -> None:
     b, t = 11, 40
     rewards, values, last = random_rows(b, t)
-    g = torch.Generator().manual_seed(1)
+    g = torch.Generator(torch.get_default_device()).manual_seed(1)
     mask = torch.rand(b, t, generator=g) < 0.6 if holes else torch.arange(t) < torch.arange(b)[:, None] * 4
     poisoned = [x.masked_fill(~mask, NAN) for x in (rewards, values)]
     advantages, returns = gae(*poisoned, mask, gamma=0.9, lam=0.8, last_value=last)
@@ -128,7 +130,7 @@ def test_gae_gradients(backend: str, masked: str) -> None:
     mask = {
         "none": None,
         "tails": torch.arange(t) < (torch.arange(b) % (t + 1))[:, None],
-        "holes": torch.rand(b, t, generator=torch.Generator().manual_seed(0)) < 0.5,
+        "holes": torch.rand(b, t) < 0.5,
     }[masked]
 
     def run(r: Tensor, v: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,6 +202,7 @@ FLAT = {"rewards": torch.zeros(6), "values": torch.zeros(6)}
     ],
     ids=lambda x: "",
 )
+@pytest.mark.host
 def test_gae_names_bad_arguments(arguments: dict, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         gae(**arguments)
@@ -209,7 +212,7 @@ def test_gae_names_bad_arguments(arguments: dict, error: type[Exception], words:
 
 
 def test_whitened_entries_have_mean_zero_and_variance_one() -> None:
-    x = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 3 + 100
+    x = torch.randn(6, 50) * 3 + 100
     mask = torch.arange(50) < torch.tensor([50, 3, 0, 20, 49, 1])[:, None]
     out = masked_whiten(x.masked_fill(~mask, NAN), mask)
     kept = x[mask].double()
@@ -277,6 +280,7 @@ def whiten_my_rows(process: int, folder: str) -> None:
         os._exit(0)  # gloo's threads may outlive the group and abort an ordinary exit
 
 
+@pytest.mark.host
 def test_a_group_whitens_as_one_process_would(tmp_path: Path) -> None:
     spawned = torch.multiprocessing.spawn(whiten_my_rows, args=(str(tmp_path),), nprocs=1, join=False)
     whiten_my_rows(-1, str(tmp_path))
@@ -292,6 +296,7 @@ def test_a_group_whitens_as_one_process_would(tmp_path: Path) -> None:
     ],
     ids=["integers", "float mask", "shape"],
 )
+@pytest.mark.host
 def test_whitening_names_bad_arguments(arguments: tuple, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         masked_whiten(*arguments)

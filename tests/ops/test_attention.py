@@ -8,6 +8,8 @@ import torch
 from rlhf_kernels.generation.arena import Arena
 from rlhf_kernels.ops.attention import naive, native, sliced_attention, varlen_attention
 
+pytestmark = pytest.mark.usefixtures("device")
+
 LENGTHS = [1, 0, 7, 33, 200, 16]
 compiled = pytest.mark.skipif(not native.AVAILABLE, reason="the compiled ops are not built")
 
@@ -49,7 +51,7 @@ def sliced(lengths, new, q, k, v, slice_tokens=16, **options):
     kv_heads, d, dv = k[0].shape[1], k[0].shape[2], v[0].shape[2]
     counts = [-(-n // slice_tokens) for n in lengths]
     size = (sum(counts) + 3) * kv_heads * (d + dv) * slice_tokens * q.dtype.itemsize
-    arena = Arena([(kv_heads, d, dv)], size + 256, slice_tokens, q.dtype)
+    arena = Arena([(kv_heads, d, dv)], size + 256, slice_tokens, q.dtype, q.device)
     for view in (arena.keys[0], arena.values[0]):
         view.fill_(float("nan"))  # what was not written must not be read
     order = torch.randperm(arena.num_slices)
@@ -139,6 +141,7 @@ def test_scale_is_applied_once_and_softcap_bounds_scores(backend):
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (20, None), (None, 3.0)])
+@pytest.mark.host
 def test_decode_and_prefill_pieces_give_the_bits_of_the_whole_sequence(window, softcap, dtype):
     """Rollout and recomputation see the same attention, whatever slices, pieces and neighbours there were."""
     heads, kv_heads, d, n = 6, 2, 40, 75
@@ -155,6 +158,7 @@ def test_decode_and_prefill_pieces_give_the_bits_of_the_whole_sequence(window, s
 
 
 @compiled
+@pytest.mark.host
 def test_a_row_does_not_depend_on_its_batch():
     heads, kv_heads, d = 4, 2, 32
     lengths, new = [50, 3, 129, 18], [1, 3, 30, 1]
@@ -171,6 +175,7 @@ def test_a_row_does_not_depend_on_its_batch():
 
 
 @compiled
+@pytest.mark.host
 def test_threads_and_repetition_do_not_change_a_bit():
     cu = borders([300, 40, 177])
     q, k, v = rows(517, 4, 64).requires_grad_(), rows(517, 2, 64).requires_grad_(), rows(517, 2, 64).requires_grad_()
@@ -222,6 +227,7 @@ def test_no_tokens(lengths, backend):
 
 
 @compiled
+@pytest.mark.host
 def test_registered_ops_pass_opcheck():
     ops = torch.ops.rlhf_kernels
     cu = borders([5, 9])
@@ -281,13 +287,15 @@ BAD_VARLEN = {
 
 def test_a_second_derivative_is_an_error_and_not_zero(backend):
     q = torch.randn(6, 4, 8, requires_grad=True)
-    out = varlen_attention(q, K, V + 1, borders([4, 2]))
+    k, v = torch.zeros(6, 2, 8), torch.ones(6, 2, 8)
+    out = varlen_attention(q, k, v, borders([4, 2]))
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match=r"differentiable once|no autograd formula"):
         torch.autograd.grad(grad.square().sum(), q)
 
 
 @pytest.mark.parametrize(("change", "error", "words"), BAD_VARLEN.values(), ids=BAD_VARLEN.keys())
+@pytest.mark.host
 def test_bad_varlen_arguments_are_named(change, error, words, backend):
     arguments = {"q": Q, "k": K, "v": V, "cu_seqlens": borders([4, 2])} | change
     with pytest.raises(error, match=words):
@@ -311,6 +319,7 @@ BAD_SLICED = {
 
 
 @pytest.mark.parametrize(("change", "error", "words"), BAD_SLICED.values(), ids=BAD_SLICED.keys())
+@pytest.mark.host
 def test_bad_sliced_arguments_are_named(change, error, words, backend):
     places = {"slice_table": table([0, 3], [1, 2]), "context_lens": table([8, 4])[0], "cu_q": borders([1, 2])}
     arguments = {"q": Q[:3], "arena": Arena([(2, 8, 8)], "4KiB", 4), "layer": 0} | places | change

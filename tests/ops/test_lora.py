@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from rlhf_kernels.ops.lora import Routing, build_routing, lora_linear
 from rlhf_kernels.ops.lora import api as lora_api
 
+pytestmark = pytest.mark.usefixtures("device")
+
 K, N = 24, 40
 ROUTES = {
     "one run each": [0] * 10 + [1] * 7 + [2] * 13,
@@ -21,7 +23,7 @@ ROUTES = {
 
 
 def tensors(n=3, r=4, rows=30, dtype=torch.float32, seed=0):
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def draw(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
@@ -82,6 +84,7 @@ def test_a_poisoned_adapter_does_not_reach_other_rows(poison, route, which):
         assert torch.equal(got[1:], want[1:])
 
 
+@pytest.mark.host
 def test_masks_on_a_device_the_host_may_not_read_give_the_same(monkeypatch):
     """The path of other devices, run here: rows are chosen by masks, never by an index read on the host."""
     index = torch.tensor(ROUTES["scattered"])
@@ -132,6 +135,7 @@ def test_rows_beyond_grad_rows_get_and_give_no_gradient(grad_rows):
     assert not grads[0][grad_rows:].any()
 
 
+@pytest.mark.host
 def test_rows_without_an_adapter_or_without_gradient_are_not_kept_for_the_backward():
     index = torch.tensor([0] * 8 + [-1] * 100 + [1] * 8)
     x, weight, a, b, _ = tensors(n=2, rows=116)
@@ -240,6 +244,7 @@ def test_a_routing_of_no_rows_has_gradients_too(backend, monkeypatch):
     assert all(not g.any() for g in grads)
 
 
+@pytest.mark.host
 def test_autocast_gives_its_dtype_as_for_a_plain_linear():
     x, weight, a, b, bias = tensors(rows=9)
     index = torch.tensor([0, 1, -1] * 3)
@@ -277,6 +282,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD.values(), ids=BAD.keys())
+@pytest.mark.host
 def test_a_bad_argument_is_named(change, error, message):
     x, weight, a, b, bias = tensors()
     good = {"x": x, "weight": weight, "lora_a": a, "lora_b": b, "adapter_index": 0, "bias": bias}
@@ -284,6 +290,7 @@ def test_a_bad_argument_is_named(change, error, message):
         lora_linear(**(good | change))
 
 
+@pytest.mark.host
 def test_build_routing_checks_its_index_and_finds_the_runs():
     assert build_routing(torch.tensor([0, 0, -1, 1]), 2).runs == (0, 2, 0, 2, 3, -1, 3, 4, 1)
     assert build_routing(torch.tensor(ROUTES["scattered"]), 3).runs is None

@@ -12,6 +12,8 @@ from rlhf_kernels.ops.sampling.api import _sample
 from rlhf_kernels.ops.sampling.naive import exp_weight, fixed_point
 from rlhf_kernels.ops.sampling.philox import philox4x32, uniform
 
+pytestmark = pytest.mark.usefixtures("device")
+
 INF = float("inf")
 BACKENDS = [
     "naive",
@@ -42,7 +44,7 @@ def chi_square(tokens: Tensor, p: Tensor) -> float:
 
 def mixed_rows(n: int, v: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits with ties, -inf and flat to peaked rows, and a different set of parameters in each row."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def rand() -> Tensor:
         return torch.rand(n, generator=g)
@@ -119,6 +121,7 @@ def test_exp_weight_is_accurate_and_vanishes_below_the_normal_range() -> None:
 @pytest.mark.parametrize(
     ("n", "v"), [(300, 1), (300, 2), (3000, 123), (300, 256), (300, 5003), (16, 151936)], ids=lambda x: str(x)
 )
+@pytest.mark.host
 def test_native_draws_the_tokens_of_the_definition(
     n: int, v: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,15 +178,16 @@ def reference(row: Tensor, temperature: float = 1.0, keep: list[int] | None = No
     ids=lambda x: ",".join(f"{k}={v}" for k, v in x.items()) or "plain" if isinstance(x, dict) else "",
 )
 def test_draws_follow_the_filtered_softmax(backend: str, parameters: dict, keep: list[int] | None) -> None:
-    expected = reference(ROW, parameters.get("temperature", 1.0), keep)
-    tokens = draws(ROW, **parameters)
+    row = ROW.to(torch.get_default_device())
+    expected = reference(row, parameters.get("temperature", 1.0), keep)
+    tokens = draws(row, **parameters)
     assert abs(chi_square(tokens, expected)) < 4
     if keep is not None:
         assert set(tokens.tolist()) == set(keep)
 
 
 def test_draws_follow_a_large_vocabulary(backend: str) -> None:
-    row = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    row = torch.randn(1000)
     assert abs(chi_square(draws(row, n=5000), reference(row))) < 4
 
 
@@ -197,7 +201,7 @@ def test_top_p_counts_equal_tokens_one_by_one(backend: str) -> None:
 
 @pytest.mark.parametrize("parameters", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}], ids=str)
 def test_the_tightest_filter_is_greedy(backend: str, parameters: dict) -> None:
-    logits = torch.randn(50, 301, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(50, 301)
     token, _ = sample(logits, **KEYS, **parameters)
     assert torch.equal(token, logits.argmax(-1))
 
@@ -208,7 +212,7 @@ def test_the_tightest_filter_is_greedy(backend: str, parameters: dict) -> None:
 def test_a_row_does_not_depend_on_its_batch(backend: str) -> None:
     logits, parameters = mixed_rows(200, 777, seed=4)
     token, logprob = sample(logits, **parameters)
-    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(200)
     shuffled = sample(logits[order], **{k: x[order] for k, x in parameters.items()})
     assert torch.equal(shuffled[0], token[order])
     assert torch.equal(shuffled[1].view(torch.int32), logprob[order].view(torch.int32))
@@ -230,6 +234,7 @@ def test_different_keys_give_independent_draws(backend: str, name: str) -> None:
     assert abs(((joint - expected) ** 2 / expected).sum() - v * v + 1) < 4 * math.sqrt(2 * v * v)
 
 
+@pytest.mark.host
 def test_threads_do_not_change_results() -> None:
     logits, parameters = mixed_rows(64, 2000, seed=9)
     threads = torch.get_num_threads()
@@ -247,7 +252,7 @@ def test_threads_do_not_change_results() -> None:
 
 
 def test_greedy_rows_share_the_batch_with_sampled_rows(backend: str) -> None:
-    logits = torch.randn(40, 99, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(40, 99)
     greedy = torch.arange(40) % 2 == 0
     token, logprob = sample(logits, **KEYS, temperature=0.7, top_k=5, greedy=greedy)
     sampled, _ = sample(logits, **KEYS, temperature=0.7, top_k=5)
@@ -257,7 +262,7 @@ def test_greedy_rows_share_the_batch_with_sampled_rows(backend: str) -> None:
 
 
 def test_temperature_zero_is_greedy_with_the_logprob_at_temperature_one(backend: str) -> None:
-    logits = torch.randn(20, 99, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(20, 99)
     zero, one = sample(logits, **KEYS, temperature=0.0), sample(logits, **KEYS, temperature=1.0, greedy=True)
     assert torch.equal(zero[0], logits.argmax(-1))
     assert torch.equal(zero[1], one[1])
@@ -291,7 +296,7 @@ def test_logprob_keeps_its_digits_at_both_ends(backend: str, gap: float) -> None
 
 
 def test_logprob_is_that_of_the_unfiltered_distribution(backend: str) -> None:
-    logits = torch.randn(200, 501, generator=torch.Generator().manual_seed(0)) * 5
+    logits = torch.randn(200, 501) * 5
     token, logprob = sample(logits, **KEYS, temperature=1.3, top_k=7, top_p=0.8, min_p=0.01)
     expected = torch.log_softmax(logits.double() / 1.3, -1).gather(-1, token[:, None])[:, 0]
     assert ((logprob - expected).abs() / (1 + expected.abs())).max() < 3e-7
@@ -335,7 +340,7 @@ def test_the_only_finite_token_is_certain(backend: str) -> None:
 
 
 def test_shapes_strides_and_empty_inputs(backend: str) -> None:
-    logits = torch.randn(3, 4, 50, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(3, 4, 50)
     position = torch.arange(4)
     token, logprob = sample(logits, seed=0, stream=torch.arange(3)[:, None], position=position)
     assert token.shape == logprob.shape == (3, 4)
@@ -350,7 +355,7 @@ def test_shapes_strides_and_empty_inputs(backend: str) -> None:
 
 
 def test_fp64_logits_are_served_by_the_definition() -> None:
-    logits = torch.randn(100, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(100, 60, dtype=torch.float64)
     position = torch.arange(100)
     double = sample(logits, seed=0, stream=0, position=position)
     single = sample(logits.float(), seed=0, stream=0, position=position)
@@ -417,6 +422,7 @@ def test_logits_that_require_grad_are_not_differentiated() -> None:
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
+@pytest.mark.host
 def test_bad_arguments_are_named(change: dict, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         sample(**{"logits": torch.zeros(2, 3), **KEYS, **change})

@@ -96,11 +96,12 @@ def linear_logprob(
         candidates = (weight, bias, *(lora or ())[:2])
         _resolve_save(save, hidden, [x for x in candidates if x is not None and x.requires_grad], ())
         _check_definition_values(target, weight.shape[0], temperature, ignore_index, lora, valid_rows)
-        found = naive.linear_logprob(
-            hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-            ignore_index=ignore_index, entropy=entropy, ref_hidden=ref_hidden, ref_weight=ref_weight,
-            divergence=divergence, lora=lora, grad_fields=carried,
-        )  # fmt: skip
+        with registry.no_autocast(hidden):
+            found = naive.linear_logprob(
+                hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+                ignore_index=ignore_index, entropy=entropy, ref_hidden=ref_hidden, ref_weight=ref_weight,
+                divergence=divergence, lora=lora, grad_fields=carried,
+            )  # fmt: skip
         return LinearLogprobOutput(**{n: f.float() for n, f in zip(FIELDS, found) if f is not None})
 
     rows, width = target.numel(), hidden.shape[-1]
@@ -121,6 +122,9 @@ def linear_logprob(
         "" if tp_group is None else tp_group.group_name,
     )  # fmt: skip
     fields = {name: value.reshape(target.shape) for name, value in zip(op.RETURNED, raw) if name in asked}
+    if lora is not None and a is None and torch.is_grad_enabled():  # bypassed: adapters get gradients of 0
+        zero = lora[0][:0].sum(dtype=torch.float32) + lora[1][:0].sum(dtype=torch.float32)
+        fields = {name: value + zero for name, value in fields.items()} if zero.requires_grad else fields
     return _assemble(fields, names, carried)
 
 

@@ -2,6 +2,9 @@
 
 Works in float64 when `hidden` is float64 (the oracle of the tests) and in float32 otherwise. The reference's logits are
 constants. Rows with `ignore_index` take part in nothing.
+
+A logit of -inf (a masked token) counts as LOWEST, here and in every kernel (csrc/cpu/logit_row.h: kLowest): it has no
+mass, no difference of two logits is NaN, and a KL that is infinite comes back as a number near 1e30.
 """
 
 import math
@@ -11,6 +14,8 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.ops.logprob.outputs import FIELDS, LinearLogprobOutput, LogprobOutput, sampled_estimator
+
+LOWEST = -1e30
 
 Lora = tuple[Tensor, Tensor, Tensor | int | None, float | Tensor]
 
@@ -36,7 +41,7 @@ def head_logits(
         u = softcap * torch.tanh(u / softcap)
     if isinstance(temperature, Tensor):
         temperature = temperature.to(dtype).reshape(-1, 1)
-    return u / temperature
+    return (u / temperature).clamp(min=LOWEST)
 
 
 def low_rank_logits(hidden: Tensor, lora: Lora) -> Tensor:
@@ -44,14 +49,14 @@ def low_rank_logits(hidden: Tensor, lora: Lora) -> Tensor:
     a, b, index, scaling = lora
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     a, b = (a, b) if a.dim() == 3 else (a[None], b[None])
-    index = torch.zeros((), dtype=torch.long) if index is None else torch.as_tensor(index)
-    index = index.reshape(-1).expand(len(hidden)).to(hidden.device)
+    if not isinstance(index, Tensor):
+        index = torch.full((len(hidden),), 0 if index is None else index, device=hidden.device)
     scales = torch.as_tensor(scaling, dtype=dtype, device=hidden.device).expand(len(a))
     out = torch.zeros(len(hidden), b.shape[1], dtype=dtype, device=hidden.device)
-    for e in range(len(a)):
-        rows = (index == e).nonzero().squeeze(1)
-        update = scales[e] * (hidden[rows].to(dtype) @ a[e].to(dtype).t()) @ b[e].to(dtype).t()
-        out = out.index_add(0, rows, update)
+    for e in range(len(a)):  # selected, not multiplied by 0: a NaN in one adapter stays in its rows
+        rows = (index.reshape(-1) == e)[:, None]
+        x = torch.where(rows, hidden, 0).to(dtype)
+        out = out + torch.where(rows, scales[e] * (x @ a[e].to(dtype).t()) @ b[e].to(dtype).t(), 0)
     return out
 
 
@@ -97,28 +102,27 @@ def linear_logprob(
 ) -> LinearLogprobOutput:
     """As the public function, with full logits."""
     flat = target.reshape(-1).long()
-    rows = (flat != ignore_index).nonzero().squeeze(1)
-    x, y = hidden.reshape(len(flat), hidden.shape[-1])[rows], flat[rows]
+    ignored = flat == ignore_index
+
+    def counted(rows: Tensor) -> Tensor:
+        return torch.where(ignored[:, None], 0, rows.reshape(len(flat), rows.shape[-1]))
+
+    x, y = counted(hidden), torch.where(ignored, 0, flat)
     if isinstance(temperature, Tensor):
-        temperature = temperature.broadcast_to(target.shape).reshape(-1)[rows]
-    delta = None
-    if lora is not None:
-        a, b, index, scaling = lora
-        delta = low_rank_logits(x, (a, b, index.reshape(-1)[rows] if isinstance(index, Tensor) else index, scaling))
+        temperature = torch.where(ignored, 1, temperature.broadcast_to(target.shape).reshape(-1))
+    delta = None if lora is None else low_rank_logits(x, lora)
     z = head_logits(x, weight, bias, temperature, softcap, logit_scale, delta)
     z_ref = None
     if ref_hidden is not None:
         with torch.no_grad():
-            r = ref_hidden.reshape(len(flat), ref_hidden.shape[-1])[rows]
             other = weight if ref_weight is None else ref_weight
-            z_ref = head_logits(r.to(x.dtype), other, bias, temperature, softcap, logit_scale)
+            z_ref = head_logits(counted(ref_hidden).to(x.dtype), other, bias, temperature, softcap, logit_scale)
     names = {*divergence, *(("entropy",) if entropy else ())}
     fields = distribution_fields(z, y, z_ref, names)
     out = {}
     for name, value in fields.items():
         carries = grad_fields is None or name in grad_fields
-        full = value.new_zeros(len(flat)).index_copy(0, rows, value if carries else value.detach())
-        out[name] = full.reshape(target.shape)
+        out[name] = torch.where(ignored, 0, value if carries else value.detach()).reshape(target.shape)
     return LinearLogprobOutput(**{name: out[name] for name in FIELDS if name in out})
 
 
@@ -132,14 +136,12 @@ def logprob(
 ) -> LogprobOutput:
     """As the public function, by log_softmax."""
     flat = target.reshape(-1).long()
-    rows = (flat != ignore_index).nonzero().squeeze(1)
+    ignored = flat == ignore_index
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    z = logits.reshape(len(flat), logits.shape[-1])[rows].to(dtype)
+    z = torch.where(ignored[:, None], 0, logits.reshape(len(flat), logits.shape[-1])).to(dtype)
     if isinstance(temperature, Tensor):
-        temperature = temperature.broadcast_to(target.shape).reshape(-1)[rows].to(dtype)[:, None]
-    fields = distribution_fields(z / temperature, flat[rows], None, ("entropy",) if entropy else ())
-    out = {
-        name: value.new_zeros(len(flat)).index_copy(0, rows, value).reshape(target.shape)
-        for name, value in fields.items()
-    }
+        temperature = torch.where(ignored, 1, temperature.broadcast_to(target.shape).reshape(-1)).to(dtype)[:, None]
+    z = (z / temperature).clamp(min=LOWEST)
+    fields = distribution_fields(z, torch.where(ignored, 0, flat), None, ("entropy",) if entropy else ())
+    out = {name: torch.where(ignored, 0, value).reshape(target.shape) for name, value in fields.items()}
     return LogprobOutput(**out)

@@ -6,7 +6,7 @@ Each function first turns raw logits into z (`raw=True`), in place, as the nativ
 import torch
 from torch import Tensor
 
-LOWEST = -1e30  # stands for -inf, so that no difference of two logits is NaN
+from rlhf_kernels.ops.logprob.naive import LOWEST
 
 
 def transform(z: Tensor, bias: Tensor | None, temperature: Tensor, softcap: float, scale: float) -> None:
@@ -151,9 +151,10 @@ def head_js(
     t = (zr - z) - ratio[:, None]
     h = 0.5 * t.double()
     log_cosh = h.abs() + torch.log1p(torch.expm1(-2 * h.abs()) / 2)
-    p, q = log_p.exp(), (log_p + t).exp()
-    p_part = torch.where(p > 0, p * (-h - log_cosh), 0)
-    q_part = torch.where(q > 0, q * (h - log_cosh), 0)
+    ref_lse = (lse[0].double() + lse[1] + ratio)[:, None]  # p e^t would round twice where |t| is large
+    p, q = log_p.exp(), (zr - ref_lse.float() - (ref_lse - ref_lse.float()).float()).exp()
+    p_part = torch.where(p == 0, 0, p * (-h - log_cosh))  # a NaN is not 0
+    q_part = torch.where(q == 0, 0, q * (h - log_cosh))
     near = p * h.clamp(-1, 1).exp() * (h * h.clamp(-1, 1).sinh() - h.clamp(-1, 1).cosh() * log_cosh)
     sums[0] += torch.where(h.abs() < 0.5, near, 0.5 * (p_part + q_part)).sum(1)
     sums[1] += p_part.sum(1)
@@ -191,7 +192,7 @@ def head_grad(
         inner = inner - kl * t + js * (-half - (half.abs() + torch.log1p(torch.expm1(-2 * half.abs()) / 2)))
         near = -p * t.clamp(-1, 1).expm1()
         others = rkl * torch.where(t.abs() < 1, near, p - (((z - lse) - low) + t).exp())
-    at_target = torch.where(p > 0, p * (inner + upstream), 0) + others + miss
-    dz = torch.where(p > 0, p * inner, 0) + others
+    at_target = torch.where(p == 0, 0, p * (inner + upstream)) + others + miss
+    dz = torch.where(p == 0, 0, p * inner) + others
     dz.scatter_(1, column, torch.where(here[:, None], at_target.gather(1, column), dz.gather(1, column)))
     z.copy_(dz * slope)

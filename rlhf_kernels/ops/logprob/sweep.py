@@ -110,7 +110,9 @@ def js(head: Head, lse: Tensor, ratio: Tensor) -> Tensor:
     two, ratio32 = split(lse), ratio.float()
     for block in head.blocks(True):
         head.passes().head_js(block.z, block.zr, *head.shaping(block), block.raw, two, ratio32, sums)
-    return head.shard.sum(sums).masked_fill(ratio.isnan(), float("nan"))  # the sums leave NaN columns out
+    sums = head.shard.sum(sums).masked_fill(ratio.isnan(), float("nan"))  # the sums leave NaN columns out
+    sums[0] -= (ratio - ratio32) * (sums[0] - 0.5 * sums[1])  # d JS / d ratio is -KL(q || (p + q) / 2) / 2
+    return sums
 
 
 def coefficients(stats: dict[str, Tensor], grads: dict[str, Tensor]) -> Tensor:

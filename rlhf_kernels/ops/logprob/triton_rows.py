@@ -113,6 +113,9 @@ def js_kernel(
     lse = tl.load(lse_ptr + row)
     lse_low = tl.load(lse_ptr + rows + row)
     ratio = tl.load(ratio_ptr + row)
+    wide = lse.to(tl.float64) + lse_low.to(tl.float64) + ratio.to(tl.float64)
+    ref_lse = wide.to(tl.float32)
+    ref_low = (wide - ref_lse.to(tl.float64)).to(tl.float32)
     js = tl.zeros((BLOCK,), tl.float32)
     mean = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, n, BLOCK):
@@ -124,14 +127,14 @@ def js_kernel(
         h = 0.5 * t
         x = h * h
         p = exp(log_p)
-        q = exp(log_p + t)
+        q = exp((zr - ref_lse) - ref_low)  # p e^t would round twice where |t| is large
         g = x * -8.28145785e-5 + 3.60898125e-4  # h sinh h - cosh h log cosh h, over h^2: nothing cancels
         g = g * x - 1.38821174e-3
         g = g * x + 6.94440522e-3
         g = g * x + 8.3599e-10
         g = g * x + 0.5
-        p_part = tl.where(p > 0.0, p * -log_cosh_plus(h), 0.0)
-        q_part = tl.where(q > 0.0, q * -log_cosh_plus(-h), 0.0)
+        p_part = tl.where(p == 0.0, 0.0, p * -log_cosh_plus(h))  # a NaN is not 0
+        q_part = tl.where(q == 0.0, 0.0, q * -log_cosh_plus(-h))
         js += tl.where(tl.abs(h) < 0.5, p * exp(h) * (x * g), 0.5 * (p_part + q_part))
         mean += p_part
     tl.store(sums_ptr + row, tl.load(sums_ptr + row) + tl.sum(js, 0).to(tl.float64))
@@ -164,7 +167,7 @@ def grad_kernel(
         inner = inner - tl.load(c + 5 * rows) * t + tl.load(c + 7 * rows) * mean
         miss += tl.load(c + 6 * rows) * less
     slope = tl.div_rn(scale, temperature)
-    dz = (tl.where(p > 0.0, p * inner, 0.0) + miss) * slope
+    dz = (tl.where(p == 0.0, 0.0, p * inner) + miss) * slope
     if CAPPED:
         dz = dz * uncapped(z, temperature, softcap)
     tl.store(z_ptr + row * stride + columns, dz, mask=columns < n)

@@ -1,14 +1,21 @@
 """linear_logprob and logprob as a whole through their Triton row kernels: the quick cases of the ops' own tests."""
 
+import head_cases
 import pytest
 import torch
-from test_linear_logprob import DISTRIBUTION_FIELDS, F16, QUICK, Case, assert_as_exact_as_plain, logits_head
+from head_cases import BF16, DISTRIBUTION_FIELDS, F16, as_exact_as_plain, logits_head
+from test_linear_logprob import QUICK
 
 from rlhf_kernels import linear_logprob, logprob
-from rlhf_kernels.ops.logprob import naive, triton_logits, triton_rows
+from rlhf_kernels.ops.logprob import naive, sweep, triton_logits, triton_rows
 
 INF, NAN = float("inf"), float("nan")
-BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _by_blocks(monkeypatch):
+    """No fused tier: the blocks' row passes are what is tested here."""
+    monkeypatch.setattr(sweep, "fused", lambda head: None)
 
 
 @pytest.fixture
@@ -28,42 +35,31 @@ def launched(monkeypatch):
     return names
 
 
-def moved(x, device):
-    """A case's tensors on the device, wherever they stand."""
-    if isinstance(x, torch.Tensor):
-        return x.to(device)
-    if isinstance(x, dict):
-        return {key: moved(value, device) for key, value in x.items()}
-    return tuple(moved(value, device) for value in x) if isinstance(x, tuple) else x
-
-
-def on(case, device):
-    for name, value in vars(case).items():
-        setattr(case, name, moved(value, device))
-    return case
-
-
 def in_half(options):
     """bf16 as fp16: the interpreter rounds bf16 towards zero."""
     return {**options, "dtype": F16} if options.get("dtype") == BF16 else options
 
 
 @pytest.mark.parametrize("options", QUICK.values(), ids=QUICK.keys())
-def test_linear_logprob_follows_its_definition(device, launched, options):
-    few = {**in_half(options), "rows": min(5, options.get("rows", 5))}  # the interpreter takes 5 ms a row and pass
-    assert_as_exact_as_plain(on(Case(**few), device))
+def test_linear_logprob_follows_its_definition(device, monkeypatch, launched, options):
+    monkeypatch.setattr(head_cases, "POOLED_ROWS", 1)  # the interpreter takes 5 ms a row and pass
+    with device:
+        as_exact_as_plain(**{**in_half(options), "rows": min(9, options.get("rows", 9))})
     assert "stats_kernel" in launched
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", QUICK.values(), ids=QUICK.keys())
+@pytest.mark.parametrize("options", [QUICK[name] for name in ("softcap", "lora", "every field", "far reference")])
 def test_linear_logprob_follows_its_definition_over_many_rows(device, options):
-    assert_as_exact_as_plain(on(Case(**in_half(options)), device))
+    with device:
+        as_exact_as_plain(**in_half(options))
 
 
-def test_every_head_kernel_takes_part(device, launched):
-    assert_as_exact_as_plain(on(Case(grads=DISTRIBUTION_FIELDS, train=True, vocabulary=300), device))
-    assert_as_exact_as_plain(on(Case(vocabulary=300), device))
+def test_every_head_kernel_takes_part(device, monkeypatch, launched):
+    monkeypatch.setattr(head_cases, "POOLED_ROWS", 1)
+    with device:
+        as_exact_as_plain(grads=DISTRIBUTION_FIELDS, train=True, vocabulary=300, rows=6)
+        as_exact_as_plain(vocabulary=300, rows=6)
     assert set(launched) == {"stats_kernel", "exp_kernel", "js_kernel", "grad_kernel"}
 
 
@@ -92,7 +88,7 @@ def compare(device, logits, target, **options):
     results = []
     for function, cast in ((logprob, lambda x: x), (naive.logprob, lambda x: x.double())):
         x = cast(logits.to(device)).detach().requires_grad_()  # in its memory order
-        out = function(x, target.to(device), entropy=True, **moved(options, device))
+        out = function(x, target.to(device), entropy=True, **options)
         sum((f * g).sum() for f, g in zip(out, upstream)).backward()
         results.append(([f.detach().double().cpu() for f in out], x.grad.double().cpu()))
     return results
@@ -107,7 +103,9 @@ def test_logprob_over_logits_follows_its_definition(device, launched, dtype, row
     target[0] = logits[0].argmax()
     if rows > 3:
         target[3] = -100
-    (ours, grad), (truth, exact_grad) = compare(device, logits, target, temperature=torch.rand(rows, generator=g) + 0.5)
+    (ours, grad), (truth, exact_grad) = compare(
+        device, logits, target, temperature=(torch.rand(rows, generator=g) + 0.5).to(device)
+    )
     for a, b in zip(ours, truth):
         assert ((a - b).abs() <= 4e-7 * (1 + b.abs())).all()
     unit = {torch.float32: 1e-6, BF16: 8e-3, torch.float16: 1e-3}[dtype]  # one bf16 step: towards zero, see conftest

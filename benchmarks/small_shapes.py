@@ -1,0 +1,88 @@
+"""Every op, forward and backward, on shapes small enough for compute-sanitizer: `python -m benchmarks.small_shapes`.
+
+The sizes are awkward on purpose (no multiples of a vector's width or a block's), and results must be finite.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from rlhf_kernels import gae, linear_logprob, logprob, lora_linear, sample
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FIELDS = ("logprob", "lse", "entropy", "kl", "rkl", "js")
+
+
+def head() -> None:
+    for dtype in DTYPES:
+        for rows, width, vocabulary in ((3, 33, 123), (70, 72, 5003)):
+            for save in ("grad_vector", "recompute", "logits"):
+                _head_once(dtype, rows, width, vocabulary, save)
+
+
+def _head_once(dtype: torch.dtype, rows: int, width: int, vocabulary: int, save: str) -> None:
+    trained = save != "grad_vector"
+    hidden, reference = torch.randn(2, rows, width).to(dtype).unbind()
+    weight = (torch.randn(vocabulary, width) / width**0.5).to(dtype).requires_grad_(trained)
+    target = torch.arange(rows) * 37 % vocabulary
+    target[1] = -100
+    fields = FIELDS if trained else ("logprob",)
+    for softcap in (None, 5.0):
+        out = linear_logprob(
+            hidden.requires_grad_(), weight, target, bias=torch.randn(vocabulary), softcap=softcap, save=save,
+            temperature=torch.rand(rows) + 0.5, entropy=True, ref_hidden=reference, grad_fields=fields,
+            divergence=("kl", "rkl", "js", "k1", "k2", "k3"),
+        )  # fmt: skip
+        torch.stack([getattr(out, name) for name in fields]).sum().backward()
+        _finite(*out, hidden.grad)
+
+
+def logprobs() -> None:
+    for dtype in DTYPES:
+        for rows, vocabulary in ((1, 1), (3, 123), (5, 9001)):
+            for inplace in (False, True):
+                logits = torch.randn(rows, vocabulary).to(dtype).requires_grad_()
+                held = logits * 1
+                out = logprob(held, torch.zeros(rows, dtype=torch.long), entropy=True, inplace_backward=inplace)
+                (out.logprob + out.lse + out.entropy).sum().backward()
+                _finite(*out, logits.grad)
+
+
+def others() -> None:
+    x, weight = torch.randn(37, 40, requires_grad=True), torch.randn(56, 40)
+    a, b = torch.randn(3, 5, 40, requires_grad=True), torch.randn(3, 56, 5, requires_grad=True)
+    y = lora_linear(x, weight, a, b, torch.arange(37) % 4 - 1, 0.5)
+    y.sum().backward()
+    _finite(y, x.grad, a.grad, b.grad)
+    _, drawn = sample(torch.randn(9, 1003), top_k=7, top_p=0.9, seed=1, stream=2, position=torch.arange(9))
+    _finite(drawn)
+    _finite(*gae(torch.randn(3, 17), torch.randn(3, 17)))
+
+
+def _finite(*tensors: torch.Tensor | None) -> None:
+    for x in tensors:
+        if x is None or not x.isfinite().all():
+            raise FloatingPointError("an op gave a number that is not finite, or no gradient")
+
+
+OPS: dict[str, Callable[[], None]] = {"head": head, "logprob": logprobs, "others": others}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.small_shapes", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--ops", choices=("all", *OPS), default="all")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_default_device(args.device)
+    for name, run in OPS.items():
+        if args.ops in ("all", name):
+            run()
+            print(f"{name}: done")
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
