@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_linear_logprob import Case
+from head_cases import Case
 
 from rlhf_kernels.ops.logprob import linear_logprob, naive, triton_sweeps, triton_tier
 from rlhf_kernels.ops.logprob import state as st
@@ -32,9 +32,9 @@ def call(function, case, device, cast, options):
     """One call on the case's inputs without what only the blocks serve: (output, gradient of hidden or None)."""
     move = lambda x: None if x is None else cast(x).detach().clone().to(device)  # noqa: E731
     hidden = move(case.hidden).requires_grad_(options.get("grad", False))
-    given = {k: v for k, v in case.options.items() if k in ("softcap", "temperature", "logit_scale")}
-    if isinstance(given["temperature"], torch.Tensor):
-        given["temperature"] = given["temperature"].to(device)
+    given = {k: v for k, v in case.options.items() if k in ("softcap", "logit_scale")}
+    heat = case.temperature
+    given["temperature"] = heat.to(device) if isinstance(heat, torch.Tensor) else heat
     if options.get("divergence") is not None:
         given |= {"ref_hidden": move(case.reference), "ref_weight": move(case.ref_weight)}
         given["divergence"] = options["divergence"]
