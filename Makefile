@@ -5,7 +5,7 @@ BIN := .venv/bin
 ALGO ?= hydra-ppo
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all gpu lint format build wheel kernels clean
+.PHONY: demo test test-all gpu lint format build wheel kernels clean bench
 
 demo: build
 	$(BIN)/rlhf-train demo --algorithm $(ALGO)
@@ -35,6 +35,11 @@ format: build
 kernels: build
 	$(BIN)/python -m benchmarks.kernels
 
+# on a quiet machine: about ten minutes
+bench: .venv/.bench
+	$(BIN)/python -m benchmarks head --memory --json benchmarks/results/cpu/head.json
+	$(BIN)/python -m benchmarks table benchmarks/results/*/*.json --write
+
 wheel: .venv/.tools
 	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
 
@@ -48,6 +53,11 @@ build: .venv/.built
 
 .venv/.built: .venv/.tools pyproject.toml setup.py $(CSRC)
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[trainer,dev]'
+	touch $@
+
+# the peers of the extra `bench`; without them the tables say "not installed"
+.venv/.bench: .venv/.built
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt trl liger-kernel cut-cross-entropy
 	touch $@
 
 clean:

@@ -1,34 +1,106 @@
-"""Runs one benchmark: prints its table and, if asked, writes it as JSON."""
+"""Times the ops beside their peers, reports their errors, and renders the results.
+
+python -m benchmarks head --memory --json FILE     times, peak memory and targets (also: gae, lora)
+python -m benchmarks numerics --write              errors against float64, into docs/kernels.md
+python -m benchmarks table FILES --write           tables of result files, into benchmarks/README.md
+"""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
-from benchmarks import runner
-from benchmarks.registry import BENCHMARKS
+ROOT = Path(__file__).resolve().parent.parent
+# what the library's GEMMs may use, so that one machine shows what another would
+LIBRARY_ISA = {"amx": "AVX512_CORE_AMX", "avx512_bf16": "AVX512_CORE_BF16"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("name", choices=sorted(BENCHMARKS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--memory", action="store_true", help="also measure peak memory, each in a fresh process")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--peak-of", nargs=2, metavar=("CASE", "CONTESTANT"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    cases = {case.name: case for case in BENCHMARKS[args.name]()}
+    args = parser().parse_args()
+    if getattr(args, "isa", None):
+        os.environ["RLHF_KERNELS_CPU_ISA"] = args.isa  # before torch and its libraries look
+        if args.isa in LIBRARY_ISA:
+            os.environ["ONEDNN_MAX_CPU_ISA"] = LIBRARY_ISA[args.isa]
+    {"numerics": _numerics, "table": _table}.get(args.name, _benchmark)(args)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(dest="name", required=True)
+    for name in ("gae", "head", "lora"):
+        command = commands.add_parser(name)
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        command.add_argument("--rounds", type=int, help="timed runs of each contestant (5; on a GPU 20)")
+        command.add_argument("--only", metavar="TEXT", help="only cases whose name holds TEXT")
+        command.add_argument(
+            "--who", metavar="TEXT", nargs="+", default=(), help="only contestants whose name holds one"
+        )
+        command.add_argument("--memory", action="store_true", help="also peak memory, each in a fresh process")
+        command.add_argument("--json", type=Path, metavar="FILE", help="also write the result to FILE")
+        command.add_argument(
+            "--isa",
+            choices=("amx", "avx512_bf16", "portable"),
+            help="cap the CPU instructions of the library's GEMMs and of rlhf_kernels alike (portable: of ours alone)",
+        )
+        command.add_argument("--peak-of", nargs=2, metavar=("CASE", "CONTESTANT"), help=argparse.SUPPRESS)
+    numerics = commands.add_parser("numerics", help="errors against float64, ours beside each peer's")
+    numerics.add_argument("--write", action="store_true", help="write the tables into docs/kernels.md")
+    table = commands.add_parser("table", help="tables of result files")
+    table.add_argument("files", nargs="*", type=Path)
+    table.add_argument("--write", action="store_true", help="write the tables into benchmarks/README.md")
+    return top
+
+
+def _benchmark(args: argparse.Namespace) -> None:
+    import torch
+
+    from benchmarks import memory, runner, tables
+    from benchmarks.registry import BENCHMARKS
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: this machine has no CUDA device that torch can use")
+    cases = list(BENCHMARKS[args.name](args.device))
     if args.peak_of:
         case, contestant = args.peak_of
-        print(runner.peak_growth(cases[case].contestants[contestant]))
+        chosen = next(c for c in cases if c.name == case)
+        print(f'{{"peak_bytes": {memory.peak_of(chosen, contestant, args.device)}}}')
         return
-    result = runner.new_result(args.name)
-    for case in cases.values():
-        for timing in runner.time_case(case, args.rounds):
-            if args.memory:
-                timing.peak_bytes = runner.peak_in_fresh_process(args.name, case.name, timing.contestant)
-            result.timings.append(timing)
-    runner.print_table(result)
+    if args.only:
+        chosen_cases = [c for c in cases if args.only in c.name]
+        if not chosen_cases:
+            sys.exit(f"--only {args.only!r}: no such case; there are:\n" + "\n".join(c.name for c in cases))
+        cases = chosen_cases
+    result = runner.run_benchmark(args.name, cases, args.device, args.rounds, args.memory, args.who, _progress)
+    print(f"\n{tables.heading(result)}. {tables.provenance(result)}\n")
+    for case in tables.by_case(result):
+        tables.print_case(result, case)
     if args.json:
         result.write(args.json)
+
+
+def _progress(result: object, case: str) -> None:
+    print(f"timed: {case}", file=sys.stderr, flush=True)
+
+
+def _numerics(args: argparse.Namespace) -> None:
+    from benchmarks import numerics, numerics_tables, tables
+
+    report = numerics.report()
+    numerics_tables.print_report(report)
+    if args.write:
+        tables.write_between(ROOT / "docs/kernels.md", "numerics", numerics_tables.markdown(report))
+
+
+def _table(args: argparse.Namespace) -> None:
+    from benchmarks import tables
+    from benchmarks.result import Result
+
+    text = tables.markdown(Result.read(path) for path in sorted(args.files))
+    print(text)
+    if args.write:
+        tables.write_between(ROOT / "benchmarks/README.md", "tables", text)
 
 
 main()

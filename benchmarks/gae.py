@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.runner import Case
+from benchmarks.case import OURS, Case, Prepare, Target, ready
 from rlhf_kernels import gae
 
 
@@ -15,11 +15,14 @@ def python_loop(rewards: torch.Tensor, values: torch.Tensor, gamma: float, lam: 
     return torch.stack(reversed_advantages[::-1], dim=1)
 
 
-def cases() -> list[Case]:
-    torch.manual_seed(0)
-    rewards, values = torch.randn(256, 1024), torch.randn(256, 1024)
-    contestants = {
-        "python loop": lambda: python_loop(rewards, values, 1.0, 0.95),
-        "rlhf_kernels": lambda: gae(rewards, values, gamma=1.0, lam=0.95),
-    }
-    return [Case("256 x 1024 fp32", contestants, base="python loop")]
+def cases(device: str = "cpu") -> list[Case]:
+    def build(tiny: bool) -> dict[str, Prepare]:
+        torch.manual_seed(0)
+        shape = (2, 16) if tiny else (256, 1024)
+        rewards, values = torch.randn(shape, device=device), torch.randn(shape, device=device)
+        return {
+            "python loop": ready(lambda: python_loop(rewards, values, 1.0, 0.95)),
+            OURS: ready(lambda: gae(rewards, values, gamma=1.0, lam=0.95)),
+        }
+
+    return [Case("256 x 1024 fp32", build, "python loop", (Target("python loop", at_least=50),))]

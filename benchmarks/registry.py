@@ -1,8 +1,8 @@
-"""The benchmarks by name."""
+"""The benchmarks by name; each gives its cases for a device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from benchmarks import gae, head, lora
-from benchmarks.runner import Case
+from benchmarks.case import Case
 
-BENCHMARKS: dict[str, Callable[[], list[Case]]] = {"gae": gae.cases, "head": head.cases, "lora": lora.cases}
+BENCHMARKS: dict[str, Callable[[str], Iterable[Case]]] = {"gae": gae.cases, "head": head.cases, "lora": lora.cases}

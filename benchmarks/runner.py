@@ -1,109 +1,143 @@
 """One way of measuring for every benchmark: contestants interleaved in one process, memory in fresh processes.
 
-A benchmark is a function that returns its cases; a case names the work and maps each contestant to a callable. Times
-are medians with minimum and maximum over the rounds, in which every contestant runs once before any runs again, so that
-what else the machine does falls on all alike. Peak memory is the growth of a fresh process's peak resident set.
+Times are medians with minimum and maximum over the rounds. In a round every contestant runs once before any runs again,
+so that what else the machine does falls on all alike. A slow contestant drops out once the budget of the case is gone;
+a run shorter than `SHORT_S` is repeated in each round and its mean is taken. On a CUDA device times come from events
+around the runs.
 """
 
-import json
-import platform
-import resource
+import gc
+import math
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import machine
+from benchmarks.case import OURS, Case, Run, Unavailable
+from benchmarks.memory import peak_in_fresh_process
+from benchmarks.result import Result, Timing, Verdict
+
+SHORT_S = 0.02
+MOST_REPEATS = 50
+ROUNDS = {"cpu": 5, "cuda": 20}
+WARM_UPS = {"cpu": 1, "cuda": 3}
+MEMORY_PROCESSES = {"cpu": 2, "cuda": 4}  # at a time; memory needs no quiet processor
 
 
-@dataclass
-class Case:
-    """One piece of work and the contestants that do it. `setup` is called once; `base` is what ratios refer to."""
+def run_benchmark(
+    name: str,
+    cases: Iterable[Case],
+    device: str = "cpu",
+    rounds: int | None = None,
+    memory: bool = False,
+    who: Collection[str] = (),
+    report: Callable[[Result, str], None] | None = None,
+) -> Result:
+    """Times every case, then measures memory; `report(result, case)` is called as each case is timed.
 
-    name: str
-    contestants: dict[str, Callable[[], object]]
-    base: str
-
-
-@dataclass
-class Timing:
-    case: str
-    contestant: str
-    median_s: float
-    min_s: float
-    max_s: float
-    ratio: float  # the base's median over this one's: above 1 is faster than the base
-    peak_bytes: int | None = None
-
-
-@dataclass
-class Result:
-    benchmark: str
-    machine: str
-    cpu_threads: int
-    versions: dict[str, str]
-    commit: str
-    timings: list[Timing] = field(default_factory=list)
-
-    def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+    `who` leaves out contestants whose name holds none of its texts; empty leaves out none.
+    """
+    result = Result(
+        name, device, f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", machine.describe(device), machine.versions(),
+        machine.commit(), warning=machine.load_warning(),
+    )  # fmt: skip
+    cases, quiet = list(cases), machine.Quietness()
+    for case in cases:
+        result.timings += time_case(case, rounds or ROUNDS[device], device, who)
+        if report:
+            report(result, case.name)
+    result.others = quiet.others()
+    if memory:
+        _measure_memory(result, [case for case in cases if case.memory])
+    result.verdicts = [verdict for case in cases for verdict in judge(case, result.timings)]
+    return result
 
 
-def time_case(case: Case, rounds: int) -> list[Timing]:
-    """Times every contestant of `case` `rounds` times, interleaved, after one warm-up each."""
-    for run in case.contestants.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in case.contestants}
+def time_case(case: Case, rounds: int, device: str = "cpu", who: Collection[str] = ()) -> list[Timing]:
+    """Times every contestant of `case`, interleaved, after warming each up; those that cannot run say why."""
+    contestants = {n: c for n, c in case.build(False).items() if not who or any(text in n for text in who)}
+    found = {name: Timing(case.name, name) for name in contestants}
+    runs: dict[str, Run] = {}
+    repeats: dict[str, int] = {}
+    for name, prepare in contestants.items():
+        try:
+            run = prepare()
+            warm = min(_seconds(run, device) for _ in range(WARM_UPS[device]))
+            if warm < SHORT_S:
+                warm = _seconds(run, device)  # the first run of a short piece of work is mostly its libraries waking up
+        except Unavailable as why:
+            found[name].unavailable = str(why)
+            continue
+        runs[name], repeats[name] = run, min(MOST_REPEATS, math.ceil(SHORT_S / warm))
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
-        for name, run in case.contestants.items():
-            begin = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begin)
-    base = statistics.median(seconds[case.base])
-    return [
-        Timing(case.name, name, statistics.median(s), min(s), max(s), base / statistics.median(s))
-        for name, s in seconds.items()
-    ]
+        gc.collect()
+        for name, run in runs.items():
+            if within_budget(case, seconds[name], repeats[name]):
+                seconds[name].append(_seconds(run, device, repeats[name]))
+    medians = {name: statistics.median(s) for name, s in seconds.items()}
+    for name, s in seconds.items():
+        timing = found[name]
+        timing.median_s, timing.min_s, timing.max_s, timing.rounds = medians[name], min(s), max(s), len(s)
+        timing.ratio = medians[case.base] / medians[name] if case.base in medians else None
+    return list(found.values())
 
 
-def peak_in_fresh_process(benchmark: str, case: str, contestant: str) -> int:
-    """Bytes by which a fresh process's peak resident set grows while the contestant runs once."""
-    command = [sys.executable, "-m", "benchmarks", benchmark, "--peak-of", case, contestant]
-    return int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()[-1])
+def within_budget(case: Case, taken: list[float], repeats: int) -> bool:
+    """Whether one more round fits, going by the mean of those so far."""
+    if len(taken) < case.least_rounds:
+        return True
+    return repeats * (sum(taken) + statistics.mean(taken)) <= case.budget_s
 
 
-def peak_growth(run: Callable[[], object]) -> int:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+def _seconds(run: Run, device: str, repeats: int = 1) -> float:
+    """Mean time of a run; the last result is dropped after the clock stopped."""
+    if device == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(repeats):
+            kept = run()
+        end.record()
+        torch.cuda.synchronize()
+        taken = begin.elapsed_time(end) / 1e3
+    else:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            kept = run()
+        taken = time.perf_counter() - start
+    del kept
+    return taken / repeats
 
 
-def new_result(benchmark: str) -> Result:
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return Result(
-        benchmark,
-        platform.processor() or platform.machine(),
-        torch.get_num_threads(),
-        {"torch": torch.__version__, "python": platform.python_version()},
-        git.stdout.strip(),
-    )
+def _measure_memory(result: Result, cases: list[Case]) -> None:
+    names = {case.name for case in cases}
+    todo = [t for t in result.timings if t.case in names and not t.unavailable]
+
+    def measure(timing: Timing) -> None:
+        try:
+            timing.peak_bytes = peak_in_fresh_process(result.benchmark, result.device, timing.case, timing.contestant)
+        except (RuntimeError, OSError, ValueError) as error:  # the times stay good: say it and go on
+            print(f"warning: {error}", file=sys.stderr)
+
+    with ThreadPoolExecutor(MEMORY_PROCESSES[result.device]) as pool:
+        list(pool.map(measure, todo))
 
 
-def print_table(result: Result) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{result.benchmark}: {result.cpu_threads} threads, torch {result.versions['torch']}")
-    for column in ("case", "contestant", "median ms", "min", "max", "speed", "peak MiB"):
-        table.add_column(column, justify="left" if column in ("case", "contestant") else "right")
-    for t in result.timings:
-        peak = "" if t.peak_bytes is None else f"{t.peak_bytes / 2**20:.0f}"
-        milliseconds = (f"{1e3 * s:.2f}" for s in (t.median_s, t.min_s, t.max_s))
-        table.add_row(t.case, t.contestant, *milliseconds, f"{t.ratio:.2f}x", peak)
-    Console().print(table)
+def judge(case: Case, timings: list[Timing]) -> list[Verdict]:
+    """The case's targets beside the measured ratios."""
+    rows = {t.contestant: t for t in timings if t.case == case.name}
+    verdicts = []
+    for target in case.targets:
+        both = [rows.get(name) for name in (OURS, target.over)]
+        values = [getattr(t, "median_s" if target.quantity == "time" else "peak_bytes", None) for t in both]
+        mine, theirs = values[0], values[1] if target.over else 1.0
+        ratio = None if mine is None or theirs is None else target.ratio(mine, theirs)
+        met = target.met(ratio) if ratio is not None else None
+        verdicts.append(Verdict(case.name, target.over, target.quantity, target.bound(), ratio, met))
+    return verdicts

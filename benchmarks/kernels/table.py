@@ -8,11 +8,11 @@ it needs, must not need a GPU, and its kernels' names must not be those of anoth
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks.kernels import triton_aot
+from benchmarks.kernels import nvcc, triton_aot
 from benchmarks.kernels.row import Row
 from rlhf_kernels.ops.shipped import ARCHES
 
-SOURCES: list[Callable[[], list[Row]]] = [triton_aot.rows]
+SOURCES: list[Callable[[], list[Row]]] = [triton_aot.rows, nvcc.rows]
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"

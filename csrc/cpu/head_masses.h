@@ -33,13 +33,17 @@ struct alignas(64) MassState {
     if (column[t] >= 0) {
       const double step = double(z) - pivot[t], shrink = std::exp(-step);
       const double ratio = (double(other[t]) - pivot[t]) - (double(zr) - z);  // the old pivot's d
-      const double grown = std::expm1(ratio), count = e[t] + (old_is_target ? 0 : 1);
-      const double second =
-          std::abs(ratio) < 1e-3 ? ratio * ratio * (0.5 + ratio / 6 + ratio * ratio / 24) : grown - ratio;
-      a[t] = shrink * ((1 + grown) * a[t] + grown * d[t] + second * count);
-      b[t] = shrink * ((1 + grown) * b[t] + grown * count);
+      // shrink e^ratio and shrink (e^ratio - 1): 1 + expm1(ratio) would lose what a large negative ratio leaves
+      const double moved = std::exp(ratio - step);
+      const double grown = std::abs(ratio) < 1 ? shrink * std::expm1(ratio) : moved - shrink;
+      const double count = e[t] + (old_is_target ? 0 : 1);
+      const double second = std::abs(ratio) < 1e-3 ? shrink * ratio * ratio * (0.5 + ratio / 6 + ratio * ratio / 24)
+                                                   : grown - shrink * ratio;
+      a[t] = moved * a[t] + grown * d[t] + second * count;
+      b[t] = moved * b[t] + grown * count;
       d[t] = shrink * (d[t] + ratio * count);
-      other_e[t] = shrink * (1 + grown) * (other_e[t] + (old_is_target ? 0 : 1));
+      other_e[t] = moved * (other_e[t] + (old_is_target ? 0 : 1));
+      if (ratio - step > kFarReference) far |= 1u << t;
       u[t] = shrink * (u[t] - step * count);
       e[t] = shrink * count;
     }

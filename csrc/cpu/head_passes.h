@@ -78,7 +78,8 @@ LANES __mmask16 exp_half(const float* z, __m512 slope2, __m512 shift, __m512i of
       const __mmask16 keep1 = _mm512_cmpneq_epi32_mask(offset, _mm512_set1_epi32(i + 1));
       e0 = _mm512_maskz_mov_ps(keep0, e0);
       e1 = _mm512_maskz_mov_ps(keep1, e1);
-      top = _mm512_mask_max_ps(_mm512_mask_max_ps(top, keep0, top, y0), keep1, top, y1);
+      top = _mm512_mask_max_ps(top, keep0, top, y0);
+      top = _mm512_mask_max_ps(top, keep1, top, y1);
     } else {
       top = _mm512_max_ps(top, _mm512_max_ps(y0, y1));
     }

@@ -64,44 +64,18 @@ struct JsSums {
   float js, kl_mean;  // shares of JS(p, q) and of KL(p || (p + q) / 2)
 };
 
-// With h half the log ratio and a = sqrt(p q), a column's share is a (h sinh h - cosh h log cosh h): nothing cancels.
-// The reference's own normaliser gives q: p e^2h would round twice where the two models live on different tokens.
-CLONES JsSums js_chunk(const float* z, const float* zr, int64_t n, float lse, float lse_low, float ref_lse,
-                       float ref_lse_low, float ratio) {
+CLONES JsSums js_chunk(const float* z, const float* zr, int64_t n, Normalisers norm) {
   float js_sum = 0, mean_sum = 0;
 #pragma omp simd reduction(+ : js_sum, mean_sum)
   for (int64_t i = 0; i < n; ++i) {
-    const float log_p = (z[i] - lse) - lse_low;
-    const float t = (zr[i] - z[i]) - ratio, h = 0.5f * t, x = h * h;
-    const float p = vec::exp(log_p), q = vec::exp((zr[i] - ref_lse) - ref_lse_low);
-    float g = -8.28145785e-5f;
-    g = g * x + 3.60898125e-4f;
-    g = g * x - 1.38821174e-3f;
-    g = g * x + 6.94440522e-3f;
-    g = g * x + 8.3599e-10f;
-    g = g * x + 0.5f;
-    const float near = p * vec::exp(h) * (x * g);
-    const float p_part = p > 0.0f ? p * -vec::log_cosh_plus(h) : 0.0f;
-    const float q_part = q > 0.0f ? q * -vec::log_cosh_plus(-h) : 0.0f;
-    js_sum += vec::abs(h) < 0.5f ? near : 0.5f * (p_part + q_part);
-    mean_sum += p_part;
+    add_js(z[i], zr[i], norm, js_sum, mean_sum);
   }
   return {js_sum, mean_sum};
 }
 
 CLONES void grad_ratio(float* z, const float* zr, int64_t n, Coefficients c) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    float log_p = (z[i] - c.lse) - c.lse_low;
-    const float t = (zr[i] - z[i]) - c.ratio;
-    const float q = vec::exp(log_p + t);
-    log_p = log_p < -200.0f ? -200.0f : log_p;
-    const float p = vec::exp(log_p);
-    const float less = vec::abs(t) < 1.0f ? -p * vec::expm1(t) : p - q;  // p - q
-    const float mean = -vec::log_cosh_plus(0.5f * t);                    // log p - log((p + q) / 2)
-    const float inner = c.constant + c.entropy * log_p - c.kl * t + c.js * mean;
-    z[i] = (p > 0.0f ? p * inner : 0.0f) + c.rkl * less;
-  }
+  for (int64_t i = 0; i < n; ++i) z[i] = gradient(z[i], zr[i], c);
 }
 
 // dz to the gradient of the raw logits: times scale / temperature and, with a softcap, 1 - tanh^2 (tanh from z).
@@ -222,12 +196,9 @@ void head_js(Tensor z, Tensor zr, std::optional<Tensor> bias, Tensor temperature
     to_z(other, i, n);
     clamp_and_max(row, n);
     clamp_and_max(other, n);
-    const float difference = data<float>(ratio)[i];
-    const double ref_lse = double(high[i]) + high[rows + i] + difference;
-    const float ref_high = float(ref_lse), ref_low = float(ref_lse - ref_high);
+    const Normalisers norm = normalisers(high[i], high[rows + i], data<float>(ratio)[i]);
     for (int64_t j = 0; j < n; j += kChunk) {
-      const JsSums part =
-          js_chunk(row + j, other + j, std::min(kChunk, n - j), high[i], high[rows + i], ref_high, ref_low, difference);
+      const JsSums part = js_chunk(row + j, other + j, std::min(kChunk, n - j), norm);
       data<double>(sums)[i] += part.js;
       data<double>(sums)[rows + i] += part.kl_mean;
     }

@@ -88,8 +88,7 @@ void forward_rows(const Tensor& logits, const int64_t* target, const float* temp
       if (j == 0) whole = part;
       if (j > 0) merge(whole, part);
     }
-    const double gap = whole.rest - whole.target;  // logprob = -log(1 + e^gap)
-    const double logprob = gap > 0 ? -gap - std::log1p(std::exp(-gap)) : -std::log1p(std::exp(gap));
+    const double logprob = logprob_of(whole.rest - whole.target);
     out[i] = float(logprob);
     out[rows + i] = float(whole.lse);
     out[2 * rows + i] = float(whole.entropy);

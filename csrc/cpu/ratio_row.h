@@ -6,38 +6,17 @@
 
 namespace {
 
-struct RatioSums {
-  float e, u;     // as in MassSums
-  float a, b, d;  // sums of e (expm1 d - d), e expm1 d, e d, with d the log ratio relative to the pivot's
-  float r;        // sum of e^(zr - zr_pivot)
-};
-
 CLONES RatioSums ratio_chunk(const float* z, const float* zr, int64_t n, float m, float mr, float pivot_d) {
   float e_sum = 0, u_sum = 0, a_sum = 0, b_sum = 0, d_sum = 0, r_sum = 0;
 #pragma omp simd reduction(+ : e_sum, u_sum, a_sum, b_sum, d_sum, r_sum)
   for (int64_t i = 0; i < n; ++i) {
-    float x = z[i] - m;
-    x = x < -200.0f ? -200.0f : x;
-    const float e = vec::exp(x);
-    const float d = (zr[i] - z[i]) - pivot_d;
-    const float near = e * vec::expm1_minus_x(d);
-    const float far_r = vec::exp(zr[i] - mr);
-    const float ed = e * d;
-    const bool small = vec::abs(d) < 1.0f;
-    const float b = small ? near + ed : far_r - e;
-    e_sum += e;
-    u_sum += e * x;
-    a_sum += small ? near : b - ed;
-    b_sum += b;
-    d_sum += ed;
-    r_sum += small ? e + b : far_r;
+    add_ratio(z[i], zr[i], m, mr, pivot_d, e_sum, u_sum, a_sum, b_sum, d_sum, r_sum);
   }
   return {e_sum, u_sum, a_sum, b_sum, d_sum, r_sum};
 }
 
-struct Ratio {
+struct Ratio : Divergence {
   Mass mass;
-  double difference = 0, kl = 0;  // log-mass of the other side minus this one's; KL within the block
 };
 
 // log-mass of zr over the block relative to mr, by its own maximum (for rows whose other side lives elsewhere).
@@ -67,19 +46,9 @@ Ratio ratio_row(float* z, float* zr, int64_t n, int64_t target) {
   }
   z[pivot] = kept, zr[pivot] = mr;
   out.mass = finish_mass(z, n, target, m, pivot, e, u);
-  const double s = 1 + e, q = b / s;
-  double growth;  // log of the other side's mass over this one's, both relative to the pivot
-  if (top - mr > 60.0f) {
-    growth = shifted_log_mass(zr, n, top, mr) - std::log1p(e);
-    out.kl = growth - d / s;
-  } else if (std::abs(q) < 0.5) {
-    growth = std::log1p(q);
-    out.kl = a / s - (q - growth);
-  } else {
-    growth = std::log((1 + r) / s);
-    out.kl = growth - d / s;
-  }
-  out.difference = growth + pivot_d;
+  const bool far = far_above(top, mr);
+  static_cast<Divergence&>(out) =
+      finish_ratio({e, a, b, d, r}, pivot_d, far, far ? shifted_log_mass(zr, n, top, mr) : 0);
   return out;
 }
 

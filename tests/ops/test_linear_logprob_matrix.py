@@ -5,15 +5,16 @@ from head_cases import BF16, DISTRIBUTION_FIELDS, EVERY_FIELD, F16, F32, as_exac
 
 pytestmark = pytest.mark.usefixtures("device")
 
+# numbers are exact in fp32: what is lost by rounding the arguments themselves is not the op's
 FACTORS = {
     "width": (63, 96, 97, 130, 1),
     "dtype": (BF16, F32, F16),
     "p_y": (None, 1e-9, 0.5, 0.9998, 1),
     "kl": (1e-7, 1e-4, 1e-2, 1.0, 10.0),
     "shift": (0.0, -60.0),
-    "temperature": (1.0, 0.6, "per row"),
+    "temperature": (1.0, 0.625, "per row"),
     "softcap": (None, 20.0),
-    "logit_scale": (1.0, 0.7),
+    "logit_scale": (1.0, 0.75),
     "ignored": ((), (0, 3, 5)),
     "grads": (("logprob",), DISTRIBUTION_FIELDS, EVERY_FIELD, ("k3", "entropy"), ("kl", "js")),
     "upstream": ("signed", "first zero", "first absent"),

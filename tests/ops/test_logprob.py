@@ -40,7 +40,7 @@ FACTORS = {
     "dtype": (F32, BF16, F16),
     "p_y": (None, 1e-9, 0.5, 0.9998, 1),
     "shift": (0.0, -60.0),
-    "temperature": (1.0, 0.6, "per row"),
+    "temperature": (1.0, 0.625, "per row"),
     "ignored": ((), (0, 3, 5)),
     "grads": (("logprob",), ("entropy",), ("lse",), FIELDS),
     "upstream": ("signed", "first zero", "first absent", "all zero"),
@@ -87,7 +87,9 @@ def as_exact_as_plain(vocabulary, rows, dtype, p_y, shift, temperature, ignored,
         error, allowed = (value - truth).abs(), (plain[name] - truth).abs()
         assert value.dtype == F32
         assert value.isfinite().all(), name
-        assert (error <= torch.maximum(2 * allowed.max(), 2e-7 * (1 + truth.abs()))).all(), name
+        floor = 2e-7 * (1 + truth.abs())
+        assert (error <= torch.maximum(2 * allowed.max(), floor)).all(), name
+        error = torch.where(error <= floor, 0, error)
         assert error.norm() <= max(1e-5 * truth.norm(), 2 * allowed.norm()), name
         assert (value[target == -100] == 0).all()
     assert grad.dtype == dtype

@@ -1,0 +1,69 @@
+"""What is measured: a case is one piece of work on one set of inputs, with the contestants that do it.
+
+Inputs are made when the case is built, once for all its contestants; a contestant is prepared (its library imported)
+only when it is to run, so that a fresh process that measures one contestant's memory loads no other's library.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Run = Callable[[], object]
+Prepare = Callable[[], Run]  # raises Unavailable
+
+OURS = "rlhf_kernels"
+
+
+class Unavailable(Exception):
+    """Why a contestant cannot run here: "not installed", "needs a GPU", ... The table prints it in place of a time."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A promise about ours: `at_least` times better than `over`, or `at_most` that multiple of what `over` takes.
+
+    With `over` empty `at_most` is absolute, in seconds or bytes.
+    """
+
+    over: str = ""
+    quantity: Literal["time", "memory"] = "time"
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def ratio(self, ours: float, theirs: float) -> float:
+        """theirs / ours for "at least", ours / theirs for "at most"."""
+        top, bottom = (theirs, ours) if self.at_least is not None else (ours, theirs)
+        return top / bottom if bottom else float("inf")
+
+    def met(self, ratio: float) -> bool:
+        return ratio >= self.at_least if self.at_least is not None else ratio <= (self.at_most or 0.0)
+
+    def bound(self) -> str:
+        if not self.over:
+            limit = self.at_most or 0.0
+            return f"<= {1e3 * limit:g} ms" if self.quantity == "time" else f"<= {limit / 2**20:.0f} MiB"
+        return f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One piece of work.
+
+    `build(tiny)` makes the inputs and returns the contestants by name; with `tiny` the same work on a shape of a few
+    rows, which warms the libraries up before memory is measured. `base` is the contestant that speeds refer to.
+    `memory` False leaves the case out of `--memory`. `budget_s` is how long one contestant's timed runs may take in
+    all: a slow one gets fewer rounds, but `least_rounds`.
+    """
+
+    name: str
+    build: Callable[[bool], dict[str, Prepare]]
+    base: str
+    targets: tuple[Target, ...] = ()
+    memory: bool = True
+    budget_s: float = 20.0
+    least_rounds: int = 1
+
+
+def ready(run: Run) -> Prepare:
+    """A contestant that needs no preparation."""
+    return lambda: run

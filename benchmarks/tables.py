@@ -1,0 +1,136 @@
+"""Results as tables: for the terminal, and as Markdown between two markers of a file."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.case import OURS
+from benchmarks.result import Result, Timing
+
+COLUMNS = ("contestant", "median ms", "min", "max", "rounds", "speed", "peak MiB")
+
+
+def heading(result: Result) -> str:
+    machine = result.machine
+    if "gpu" in machine:
+        return f"`{result.benchmark}` on {machine['gpu']}"
+    isa = machine["isa"]
+    widest = isa[-1] if isinstance(isa, list) and isa else "no vector extension"
+    return f"`{result.benchmark}` on {machine['cpu']}, {machine['threads']} threads, {widest}"
+
+
+def provenance(result: Result) -> str:
+    """One sentence: when, from which commit, with what, and how quiet the machine was."""
+    versions = ", ".join(f"{name} {number}" for name, number in result.versions.items())
+    parts = [f"Measured {result.date} at commit {result.commit or 'unknown'} with {versions}."]
+    environment = result.machine.get("environment")
+    if isinstance(environment, dict) and environment:
+        parts.append("Environment: " + ", ".join(f"{k}={v}" for k, v in environment.items()) + ".")
+    if result.others is not None:
+        parts.append(f"Other programs took {100 * result.others:.0f} % of the processors meanwhile.")
+    if result.warning:
+        parts.append(f"Warning: {result.warning}.")
+    return " ".join(parts)
+
+
+def cells(timing: Timing) -> list[str]:
+    """The row of `COLUMNS` for one contestant; why it did not run stands in place of its median."""
+    if timing.median_s is None:
+        return [timing.contestant, timing.unavailable or "-", "", "", "", "", ""]
+    times = [_milliseconds(s) for s in (timing.median_s, timing.min_s, timing.max_s)]
+    peak = "" if timing.peak_bytes is None else f"{timing.peak_bytes / 2**20:.0f}"
+    speed = "" if timing.ratio is None else f"{timing.ratio:.2f}x"
+    return [timing.contestant, *times, str(timing.rounds), speed, peak]
+
+
+def _milliseconds(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    value = 1e3 * seconds
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def by_case(result: Result) -> dict[str, list[Timing]]:
+    grouped: dict[str, list[Timing]] = {}
+    for timing in result.timings:
+        grouped.setdefault(timing.case, []).append(timing)
+    return grouped
+
+
+def print_case(result: Result, case: str) -> None:
+    """One case as a table in the terminal, its verdicts below."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=110)
+    table = Table(title=case, title_justify="left", title_style="bold")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == "contestant" else "right", no_wrap=True)
+    for timing in by_case(result)[case]:
+        style = "bold" if timing.contestant == OURS else "dim" if timing.median_s is None else ""
+        table.add_row(*cells(timing), style=style)
+    console.print(table)
+    for verdict in result.verdicts:
+        if verdict.case == case:
+            console.print(f"  {verdict.sentence()}", style={True: "green", False: "red", None: "dim"}[verdict.met])
+
+
+def markdown(results: Iterable[Result]) -> str:
+    """Every result as Markdown; where `head` has none from a CPU or a GPU, that is said, with the GPU's targets."""
+    found = list(results)
+    devices = {result.device for result in found if result.benchmark == "head"}
+    parts = [_result_markdown(result) for result in found]
+    if "cpu" not in devices:
+        parts.append("### `head` on a CPU: not measured\n\n`make bench` measures it.")
+    if "cuda" not in devices:
+        parts.append(_gpu_markdown())
+    return "\n\n".join(parts)
+
+
+def _result_markdown(result: Result) -> str:
+    parts = [f"### {heading(result)}", provenance(result)]
+    for case, timings in by_case(result).items():
+        parts.append(f"**{case}**")
+        parts.append(grid(COLUMNS, [cells(t) for t in timings], bold=OURS))
+        verdicts = [f"- {v.sentence()}" for v in result.verdicts if v.case == case]
+        if verdicts:
+            parts.append("\n".join(verdicts))
+    return "\n\n".join(parts)
+
+
+def _gpu_markdown() -> str:
+    from benchmarks.head import GPU_TARGETS, NAMES
+
+    rows = []
+    for work, targets in GPU_TARGETS.items():
+        for target in targets:
+            words = target.bound() + (f" times faster than {target.over}" if target.over else "")
+            rows.append([NAMES[work], words, "not measured"])
+    return "\n\n".join([
+        "### `head` on an H200: not measured",
+        "8192 x 4096 x 128256 bf16. No GPU was at hand; `python -m benchmarks head --device cuda --memory --json"
+        " benchmarks/results/cuda/head.json` fills this in, every peer in the same run.",
+        grid(("work", "target", "measured"), rows),
+    ])  # fmt: skip
+
+
+def grid(columns: Iterable[str], rows: Iterable[list[str]], bold: str = "") -> str:
+    """A Markdown table: first column to the left, the others to the right; the row whose first cell is `bold` is."""
+    columns = list(columns)
+    lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
+    for row in rows:
+        shown = [f"**{cell}**" if cell and row[0] == bold else cell for cell in row]
+        lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def write_between(path: Path, name: str, text: str) -> None:
+    """Replaces what stands between `<!-- name:begin -->` and `<!-- name:end -->`; ValueError where they are missing."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    old = path.read_text()
+    head, found_begin, rest = old.partition(begin)
+    _, found_end, tail = rest.partition(end)
+    if not (found_begin and found_end):
+        raise ValueError(f"{path} has no lines {begin!r} and {end!r} for the tables to stand between")
+    path.write_text(f"{head}{begin}\n\n{text}\n\n{end}{tail}")
