@@ -18,7 +18,7 @@ def shipped(arch: str) -> list[Shipped]:
     made = [
         *_rows(lean.bm),
         _exponentials("head_exponentials", lean),
-        _exponentials("head_exponentials (bias)", lean, bias=True),
+        _exponentials("head_exponentials (bias)", fat, bias=True),
         _exponentials("head_exponentials (redo)", lean, redo=True),
         _exponentials("head_exponentials (softcap)", fat, capped=True),
         _exponentials("head_exponentials (softcap, bias, redo)", fat, capped=True, bias=True, redo=True),
@@ -27,8 +27,8 @@ def shipped(arch: str) -> list[Shipped]:
         _scores("head_scores (softcap, bias)", plain, capped=True, bias=True),
         _scores("head_scores (reference)", pairs, reference=True),
         _scores("head_scores (KL)", pairs, reference=True, kl=True),
-        _scores("head_scores (KL, own weight, softcap, bias)", pairs, reference=True, own=True, kl=True, capped=True,
-                bias=True),
+        _scores("head_scores (KL, own weight, softcap)", pairs, reference=True, own=True, kl=True, capped=True),
+        _scores("head_scores (KL, own weight, bias)", pairs, reference=True, own=True, kl=True, bias=True),
         _merge("head_merge", False),
         _merge("head_merge (KL)", True),
     ]  # fmt: skip
@@ -37,8 +37,8 @@ def shipped(arch: str) -> list[Shipped]:
         made += [
             _exponentials("head_exponentials (any stride, softcap, bias)", one, capped=True, bias=True, even=False),
             _scores("head_scores (any stride, softcap, bias)", one, capped=True, bias=True, even=False),
-            _scores("head_scores (any stride, KL, own weight, softcap, bias)", two, reference=True, own=True, kl=True,
-                    capped=True, bias=True, even=False),
+            _scores("head_scores (any stride, KL, own weight, softcap)", two, reference=True, own=True, kl=True,
+                    capped=True, even=False),
         ]  # fmt: skip
     return made
 

@@ -66,7 +66,7 @@ class Exponentials:
         self.weight = same_dtype(head.weight, self.x)
         self.columns, self.width = self.weight.shape
         device, rows = self.x.device, len(self.x)
-        fat = head.softcap > 0 or self.x.dtype != torch.bfloat16
+        fat = head.softcap > 0 or head.bias is not None or self.x.dtype != torch.bfloat16
         table = FAT_EXPONENTIALS if fat else EXPONENTIALS
         self.tile = tile_for(table, device, self.x, self.weight)
         self.programs = processors(device)

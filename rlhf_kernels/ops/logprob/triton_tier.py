@@ -26,8 +26,10 @@ def serve(head: Head) -> bool:
 
 def sweep(head: Head, reference: bool, kl: bool, rkl: bool, states: bool, grad: bool) -> Swept:
     """As `tier.Tier.sweep`. Left to the blocks: a state beside the vector's parts, which they make from one GEMM where
-    two kernels here would repeat it, and KL together with its reverse."""
-    if states and (grad or (kl and rkl)):
+    two kernels here would repeat it; KL together with its reverse, and a reference under both a softcap and a bias,
+    whose epilogues would spill."""
+    fat = (kl and rkl) or (reference and head.softcap > 0 and head.bias is not None)
+    if states and (grad or fat):
         return Swept(None, None)
     with device_of(head.x):
         return _swept(head, reference, kl, rkl, states)

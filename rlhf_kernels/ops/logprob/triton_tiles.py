@@ -41,7 +41,7 @@ EXPONENTIALS = {
     "gfx942": Tile(128, 128, 64, 8, 2, 4),
     "interpreter": Tile(32, 256, 64, 4, 1, 2, tma=True, flatten=True, unroll=True, group=2),
 }
-FAT_EXPONENTIALS = {  # a softcap needs more registers, E' in fp32 more shared memory
+FAT_EXPONENTIALS = {  # a softcap or bias needs more registers, E' in fp32 more shared memory
     **EXPONENTIALS,
     "sm_90": Tile(128, 256, 64, 8, 4, 4, tma=True, group=16),
     "interpreter": Tile(32, 256, 64, 4, 1, 4, tma=True, group=2),

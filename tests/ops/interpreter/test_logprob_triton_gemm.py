@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_linear_logprob import Case
+from head_cases import Case
 
 from rlhf_kernels.ops.logprob import linear_logprob, naive, triton_sweeps, triton_tier
 from rlhf_kernels.ops.logprob import state as st
@@ -32,9 +32,9 @@ def call(function, case, device, cast, options):
     """One call on the case's inputs without what only the blocks serve: (output, gradient of hidden or None)."""
     move = lambda x: None if x is None else cast(x).detach().clone().to(device)  # noqa: E731
     hidden = move(case.hidden).requires_grad_(options.get("grad", False))
-    given = {k: v for k, v in case.options.items() if k in ("softcap", "temperature", "logit_scale")}
-    if isinstance(given["temperature"], torch.Tensor):
-        given["temperature"] = given["temperature"].to(device)
+    given = {k: v for k, v in case.options.items() if k in ("softcap", "logit_scale")}
+    heat = case.temperature
+    given["temperature"] = heat.to(device) if isinstance(heat, torch.Tensor) else heat
     if options.get("divergence") is not None:
         given |= {"ref_hidden": move(case.reference), "ref_weight": move(case.ref_weight)}
         given["divergence"] = options["divergence"]
@@ -91,7 +91,8 @@ REFERENCES = {
     "kl": ({}, ("kl",)),
     "reverse kl": ({}, ("rkl",)),
     "no divergence": ({"vocabulary": 300}, ()),
-    "own weight, softcap, bias": ({"own_reference": True, "softcap": 5.0, "bias": True}, ("kl",)),
+    "own weight, softcap": ({"own_reference": True, "softcap": 5.0}, ("kl",)),
+    "own weight, bias": ({"own_reference": True, "bias": True, "temperature": 0.8}, ("kl",)),
     "own weight, any stride, reverse": ({"own_reference": True, "width": 67, "temperature": "per row"}, ("rkl",)),
     "far apart": ({"noise": 4.0}, ("kl",)),
     "reverse, far apart": ({"noise": 4.0}, ("rkl",)),
@@ -110,7 +111,9 @@ def test_what_the_blocks_do_better_is_left_to_them(device, swept):
     case = Case(rows=7, width=8, vocabulary=123)
     assert_as_exact_as_plain(case, device, entropy=True, divergence=("kl", "rkl"))
     assert_as_exact_as_plain(case, device, entropy=True, grad=True)
-    assert swept == [("states", False)] * 2
+    both = Case(rows=7, width=8, vocabulary=123, softcap=5.0, bias=True)
+    assert_as_exact_as_plain(both, device, entropy=True, divergence=("kl",))
+    assert swept == [("states", False)] * 3
 
 
 def head_of(logits, target, device, reference=None):
