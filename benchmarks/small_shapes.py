@@ -5,11 +5,13 @@ The sizes are awkward on purpose (no multiples of a vector's width or a block's)
 
 import argparse
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 
 from rlhf_kernels import gae, linear_logprob, logprob, lora_linear, sample
 
+Save = Literal["grad_vector", "recompute", "logits"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FIELDS = ("logprob", "lse", "entropy", "kl", "rkl", "js")
 
@@ -17,11 +19,11 @@ FIELDS = ("logprob", "lse", "entropy", "kl", "rkl", "js")
 def head() -> None:
     for dtype in DTYPES:
         for rows, width, vocabulary in ((3, 33, 123), (70, 72, 5003)):
-            for save in ("grad_vector", "recompute", "logits"):
+            for save in get_args(Save):
                 _head_once(dtype, rows, width, vocabulary, save)
 
 
-def _head_once(dtype: torch.dtype, rows: int, width: int, vocabulary: int, save: str) -> None:
+def _head_once(dtype: torch.dtype, rows: int, width: int, vocabulary: int, save: Save) -> None:
     trained = save != "grad_vector"
     hidden, reference = torch.randn(2, rows, width).to(dtype).unbind()
     weight = (torch.randn(vocabulary, width) / width**0.5).to(dtype).requires_grad_(trained)
@@ -45,6 +47,7 @@ def logprobs() -> None:
                 logits = torch.randn(rows, vocabulary).to(dtype).requires_grad_()
                 held = logits * 1
                 out = logprob(held, torch.zeros(rows, dtype=torch.long), entropy=True, inplace_backward=inplace)
+                assert out.entropy is not None
                 (out.logprob + out.lse + out.entropy).sum().backward()
                 _finite(*out, logits.grad)
 

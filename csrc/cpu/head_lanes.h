@@ -69,22 +69,6 @@ LANES __m512 expm1_minus_x(__m512 x) {
   return _mm512_mul_ps(_mm512_mul_ps(x, x), p);
 }
 
-// tanh within an ulp or two: Cephes' series below 0.625, above it 1 - 2 / (e^2|x| + 1).
-LANES __m512 tanh(__m512 x) {
-  const __m512 a = _mm512_abs_ps(x), x2 = _mm512_mul_ps(x, x);
-  __m512 p = constant(-5.70498872745e-3f);
-  p = _mm512_fmadd_ps(p, x2, constant(2.06390887954e-2f));
-  p = _mm512_fmadd_ps(p, x2, constant(-5.37397155531e-2f));
-  p = _mm512_fmadd_ps(p, x2, constant(1.33314422036e-1f));
-  p = _mm512_fmadd_ps(p, x2, constant(-3.33332819422e-1f));
-  const __m512 near = _mm512_fmadd_ps(_mm512_mul_ps(x, x2), p, x);
-  const __m512 e = exp(_mm512_add_ps(a, a));
-  const __m512 far = _mm512_sub_ps(constant(1.0f), _mm512_div_ps(constant(2.0f), _mm512_add_ps(e, constant(1.0f))));
-  const __m512 sign = _mm512_and_ps(x, constant(-0.0f));
-  const __mmask16 is_near = _mm512_cmp_ps_mask(a, constant(0.625f), _CMP_LT_OQ);
-  return _mm512_mask_blend_ps(is_near, _mm512_or_ps(far, sign), near);
-}
-
 // Two fp32 a lane as a pair of bf16 in one word, the first in the lower half.
 LANES __m512i bf16_pairs(__m512 first, __m512 second) {
   const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,

@@ -13,7 +13,7 @@ struct alignas(64) MassState {
   float pivot[kTile];     // z of the pivot, kNothing before any
   float other[kTile];     // the other side's z there
   int32_t column[kTile];  // where it is; -1 before any
-  float target[kTile];    // the target's logits on both sides, before the slope
+  float target[kTile];    // the target's z on both sides
   float other_target[kTile];
   double e[kTile], u[kTile];                            // sums of e, e x
   double a[kTile], b[kTile], d[kTile], other_e[kTile];  // of e (expm1 d - d), e expm1 d, e d, e^(zr - zr_pivot)
@@ -57,7 +57,7 @@ struct TileSums {
 
 // Sums over a half tile. skip: the columns of pivot and target relative to the tile, left out if kSkip.
 template <bool kRatio, bool kSkip>
-LANES __mmask16 mass_half(const float* z, const float* zr, __m512 slope, __m512 pivot, __m512 other, __m512i skip_pivot,
+LANES __mmask16 mass_half(const float* z, const float* zr, __m512 pivot, __m512 other, __m512i skip_pivot,
                           __m512i skip_target, TileSums* sums) {
   const __m512 zero = _mm512_setzero_ps(), one = lanes::constant(1.0f);
   TileSums s{zero, zero, zero, zero, zero, zero};
@@ -70,7 +70,7 @@ LANES __mmask16 mass_half(const float* z, const float* zr, __m512 slope, __m512 
       const __m512i row = _mm512_set1_epi32(i);
       keep = _mm512_cmpneq_epi32_mask(skip_pivot, row) & _mm512_cmpneq_epi32_mask(skip_target, row);
     }
-    __m512 x = _mm512_max_ps(lanes::constant(-200.0f), _mm512_fmsub_ps(zi, slope, pivot));
+    __m512 x = _mm512_max_ps(lanes::constant(-200.0f), _mm512_sub_ps(zi, pivot));
     x = _mm512_min_ps(zero, x);  // the pivot is rounded, the product is not
     __m512 e = lanes::exp_bounded(x);
     if constexpr (kSkip) e = _mm512_maskz_mov_ps(keep, e);
@@ -78,7 +78,7 @@ LANES __mmask16 mass_half(const float* z, const float* zr, __m512 slope, __m512 
     s.u = _mm512_fmadd_ps(e, x, s.u);
     if constexpr (kRatio) {
       const __m512 zri = _mm512_load_ps(zr + i * kTile);
-      __m512 d = _mm512_fmsub_ps(_mm512_sub_ps(zri, zi), slope, pivot_ratio);
+      __m512 d = _mm512_sub_ps(_mm512_sub_ps(zri, zi), pivot_ratio);
       if constexpr (kSkip) d = _mm512_maskz_mov_ps(keep, d);
       const __m512 ed = _mm512_mul_ps(e, d);
       const __mmask16 wide = _mm512_cmp_ps_mask(_mm512_abs_ps(d), one, _CMP_NLT_UQ);
@@ -86,7 +86,7 @@ LANES __mmask16 mass_half(const float* z, const float* zr, __m512 slope, __m512 
       __m512 b = _mm512_add_ps(a, ed);
       __m512 r = _mm512_add_ps(e, b);
       if (wide != 0) {
-        const __m512 xr = _mm512_fmsub_ps(zri, slope, other);
+        const __m512 xr = _mm512_sub_ps(zri, other);
         far |= _mm512_mask_cmp_ps_mask(keep & wide, xr, lanes::constant(kFarReference), _CMP_GT_OQ);
         __m512 direct = lanes::exp(xr);
         if constexpr (kSkip) direct = _mm512_maskz_mov_ps(keep, direct);
@@ -110,13 +110,12 @@ template <bool kRatio>
 void mass_tile(const float* z, const float* zr, const Panel& panel, int64_t first_column, MassState& state) {
   for (int half = 0; half < 2; ++half) {
     const int at = 16 * half;
-    const __m512 slope = _mm512_load_ps(panel.slope + at);
     const __m512i start = _mm512_set1_epi32(int32_t(first_column)), width = _mm512_set1_epi32(int32_t(kTile));
     const __m512i target = _mm512_sub_epi32(_mm512_load_si512(panel.target + at), start);
     const __mmask16 here = _mm512_cmplt_epu32_mask(target, width);
     __m512 top = lanes::constant(kMinusInf);
     for (int i = 0; i < int(kTile); ++i) {
-      top = _mm512_max_ps(top, _mm512_mul_ps(_mm512_load_ps(z + at + i * kTile), slope));
+      top = _mm512_max_ps(top, _mm512_load_ps(z + at + i * kTile));
     }
     const __mmask16 rising = _mm512_cmp_ps_mask(top, _mm512_load_ps(state.pivot + at), _CMP_GT_OQ);
     alignas(64) float tops[16];
@@ -124,8 +123,8 @@ void mass_tile(const float* z, const float* zr, const Panel& panel, int64_t firs
     for (unsigned bits = rising; bits != 0; bits &= bits - 1) {
       const int token = at + __builtin_ctz(bits);
       int row = 0;
-      while (row + 1 < int(kTile) && z[row * kTile + token] * panel.slope[token] != tops[token - at]) ++row;
-      const float reference = kRatio ? zr[row * kTile + token] * panel.slope[token] : 0.0f;
+      while (row + 1 < int(kTile) && z[row * kTile + token] != tops[token - at]) ++row;
+      const float reference = kRatio ? zr[row * kTile + token] : 0.0f;
       state.move(token, tops[token - at], reference, int32_t(first_column + row),
                  state.column[token] == panel.target[token]);
     }
@@ -138,8 +137,8 @@ void mass_tile(const float* z, const float* zr, const Panel& panel, int64_t firs
     const __m512i where = _mm512_sub_epi32(_mm512_load_si512(state.column + at), start);
     TileSums sums;
     const __mmask16 far = (rising | here) != 0
-                              ? mass_half<kRatio, true>(z + at, zr + at, slope, pivot, other, where, target, &sums)
-                              : mass_half<kRatio, false>(z + at, zr + at, slope, pivot, other, where, target, &sums);
+                              ? mass_half<kRatio, true>(z + at, zr + at, pivot, other, where, target, &sums)
+                              : mass_half<kRatio, false>(z + at, zr + at, pivot, other, where, target, &sums);
     lanes::add_to(state.e + at, sums.e);
     lanes::add_to(state.u + at, sums.u);
     if constexpr (kRatio) {
@@ -161,10 +160,10 @@ struct TokenMass {
 
 // What a token's sums say; the target and the pivot join here, in double. present: the target was among the columns.
 template <bool kRatio>
-TokenMass finish(const MassState& s, int t, float slope, bool present, bool is_pivot) {
+TokenMass finish(const MassState& s, int t, bool present, bool is_pivot) {
   const double lowest = kMinusInf, missing = -std::numeric_limits<double>::infinity();
   TokenMass out{};
-  out.target = present ? std::max(double(s.target[t]) * slope, lowest) : missing;
+  out.target = present ? std::max(double(s.target[t]), lowest) : missing;
   const bool apart = present && !is_pivot;
   const double x = apart ? out.target - s.pivot[t] : 0, share = apart ? std::exp(x) : 0;
   const double e = s.e[t] + share, u = s.u[t] + share * x;
@@ -176,7 +175,7 @@ TokenMass finish(const MassState& s, int t, float slope, bool present, bool is_p
     out.lse = out.rest = lowest + nan_or_0, out.entropy = nan_or_0;
   }
   if constexpr (kRatio) {
-    out.other_target = present ? std::max(double(s.other_target[t]) * slope, lowest) : missing;
+    out.other_target = present ? std::max(double(s.other_target[t]), lowest) : missing;
     const double d = apart ? (out.other_target - out.target) - (double(s.other[t]) - s.pivot[t]) : 0;
     out.far = d > kFarthest || (s.far >> t & 1u) != 0;
     const double grown = std::expm1(d);

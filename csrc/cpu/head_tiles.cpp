@@ -69,11 +69,9 @@ void store_states(const Job& job, int64_t segment, int64_t panel, const Masses& 
     const int64_t row = panel * bf16::kTile + t;
     if (row >= job.rows) break;
     const bool present = tokens.target[t] >= begin && tokens.target[t] < end;
-    const float slope = tokens.slope[t];
     const auto finish_side = [&](const MassState& side, bool ratio) {
       const bool is_pivot = present && side.column[t] == tokens.target[t];
-      return ratio ? finish<true>(side, int(t), slope, present, is_pivot)
-                   : finish<false>(side, int(t), slope, present, is_pivot);
+      return ratio ? finish<true>(side, int(t), present, is_pivot) : finish<false>(side, int(t), present, is_pivot);
     };
     const TokenMass p = finish_side(m.policy, job.kl);
     bool far = p.far;
@@ -145,7 +143,6 @@ void work(const Job& job, int64_t first_panel, int64_t last_panel, int64_t segme
   Buffer<Masses> masses(job.states ? panels : 1);
   Buffer<float[kTileSums]> z(kStrips), zr(job.xr != nullptr ? kStrips : 1);
   for (int64_t p = 0; job.states && p < panels; ++p) masses.data[p].policy.clear(), masses.data[p].reference.clear();
-  const float lowest = job.softcap == 0 && job.scale < 0 ? -kMinusInf : kMinusInf;
   job.unit->begin();
   for (int64_t column = begin; column < end; column += kBlock) {
     const int64_t n = std::min(kBlock, end - column), strips = bf16::tiles(n);
@@ -163,9 +160,9 @@ void work(const Job& job, int64_t first_panel, int64_t last_panel, int64_t segme
       float* sums = job.pulled + (segment * job.panels + p) * job.panel_sums();
       for (int64_t g = 0; g < strips; ++g) {
         const int64_t at = column + g * kTile, valid = std::min(kTile, end - at);
-        const Shape shape{job.bias == nullptr ? nullptr : job.bias + at, job.scale, job.softcap, lowest};
-        shape(z.data[g], valid);
-        if (job.xr != nullptr) shape(zr.data[g], valid);
+        const Shape shape{job.bias == nullptr ? nullptr : job.bias + at, job.scale, job.softcap};
+        shape(z.data[g], valid, job.tokens[p]);
+        if (job.xr != nullptr) shape(zr.data[g], valid, job.tokens[p]);
         if (job.states) add_masses(job, z.data[g], zr.data[g], job.tokens[p], at, masses.data[p - first_panel]);
         if (!job.grad) continue;
         ExpState& exp = job.exp[segment * job.panels + p];
@@ -198,7 +195,7 @@ void merge_exponentials(const Job& job, int64_t row, float* shift, double* mass,
   double top = -std::numeric_limits<double>::infinity(), factor[kSegments];
   for (int64_t s = 0; s < job.segments; ++s) top = std::max(top, double(job.exp[s * job.panels + panel].shift[t]));
   const Panel& tokens = job.tokens[panel];
-  const double unit = double(tokens.slope[t]) / tokens.slope2[t];  // ln 2 as it is in the slopes, both rounded
+  constexpr double unit = 1.0 / lanes::kLog2E;  // ln 2 as the passes have it
   *shift = float(top * unit);
   const double base = std::abs(top) < kHuge ? double(*shift) : top * unit;
   *mass = 0, *target = -std::numeric_limits<double>::infinity();
@@ -212,7 +209,7 @@ void merge_exponentials(const Job& job, int64_t row, float* shift, double* mass,
     // show beside W_y, where the rows resemble each other
     factor[s] = state.kept[t] > 0 ? scaled * (state.product[t] / state.kept[t]) : scaled;
     const bool here = tokens.target[t] >= 0 && tokens.target[t] / job.segment_columns == s;
-    if (here) *target = std::max(double(state.target[t]) * tokens.slope[t], double(kMinusInf));
+    if (here) *target = std::max(double(state.target[t]), double(kMinusInf));
   }
   for (int64_t h = 0; h < job.width; h += bf16::kTile) {
     const int64_t n = std::min(bf16::kTile, job.width - h);
@@ -226,14 +223,15 @@ void merge_exponentials(const Job& job, int64_t row, float* shift, double* mass,
 
 int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// The tokens of a chunk: slopes and targets; what lies behind the last row is computed and not kept.
+// The tokens of a chunk: temperatures and targets; what lies behind the last row is computed and not kept.
 void fill_panels(const Job& job, Panel* panels) {
   for (int64_t i = 0; i < job.panels * bf16::kTile; ++i) {
     Panel& panel = panels[i / bf16::kTile];
     const int64_t t = i % bf16::kTile, row = std::min(i, job.rows - 1);
-    const double slope = (job.softcap > 0 ? 1.0 : double(job.scale)) / job.temperature[row];
-    panel.slope[t] = float(slope);
-    panel.slope2[t] = float(slope * 1.44269504088896340736);
+    if (t == 0) panel.tempered = false;
+    panel.temperature[t] = job.temperature[row];
+    panel.inverse[t] = 1.0f / job.temperature[row];
+    panel.tempered = panel.tempered || job.temperature[row] != 1.0f;
     const int64_t y = i < job.rows ? job.target[row] : -1;
     panel.target[t] = y >= 0 && y < job.columns ? int32_t(y) : -1;
   }

@@ -146,7 +146,8 @@ class Block:
 class Head:
     """The rows that count and the matrices they meet; all tensors on one device.
 
-    x, ref [R, H] GEMM operands of one dtype, which the weights' blocks take too; target int64 [R], counted from this shard's first column; temperature fp32 [R].
+    x, ref [R, H] GEMM operands of one dtype, which the weights' blocks take too; target int64 [R], counted from this
+    shard's first column; temperature fp32 [R].
     saved: z (and zr) [1 or 2, R, V] kept from the forward, which then replace the GEMM.
     """
 

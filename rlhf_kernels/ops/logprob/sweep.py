@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.ops.logprob import state as st
+from rlhf_kernels.ops.logprob import tiles
 from rlhf_kernels.ops.logprob.head import Head, Pullback, outer
 from rlhf_kernels.ops.logprob.tier import fused
 
@@ -104,16 +105,13 @@ def split(x: Tensor) -> Tensor:
     return torch.stack((high, (x - high).float()))
 
 
-def _rounded_once_more(head: Head) -> bool:
-    """Whether something is done to the GEMM's results, which a tier and the row passes may round differently: an ulp of
-    a logit near 100 is 1e-5, so JS, by blocks, then needs normalisers of the blocks' own logits."""
-    as_they_are = head.x.device.type == "cpu" and head.softcap == 0 and head.scale == 1
-    return not (as_they_are and bool((head.temperature == 1).all()))
-
-
 def js(head: Head, lse: Tensor, ratio: Tensor) -> Tensor:
-    """A second sweep: JS and KL(p || (p + q) / 2), fp64 [2, R], from the normalisers of the first."""
-    if head.saved is None and fused(head) is not None and _rounded_once_more(head):
+    """A second sweep: JS and KL(p || (p + q) / 2), fp64 [2, R], from the normalisers of the first.
+
+    A GPU's tier and the row passes may round z differently: an ulp of a logit near 100 is 1e-5, and JS then needs the
+    normalisers of the blocks' own logits. The CPU's tiles round as the blocks do.
+    """
+    if head.saved is None and fused(head) not in (None, tiles):
         own, _ = _blocks(head, True, True, False, True, False, None)
         assert own is not None
         own = head.shard.merge(own, True)
