@@ -9,7 +9,7 @@
 #include "bf16_tile.h"
 #include "buffer.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef BF16_TILES
 
 #include "bf16_pack.h"
 

@@ -6,8 +6,7 @@
 #include <cstring>
 #include <string>
 
-#if defined(__x86_64__) && defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 11)
-#define BF16_TILES
+#ifdef BF16_TILES
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>

@@ -4,6 +4,11 @@
 #pragma once
 #include <cstdint>
 
+// Compilers that know the instructions and take `#pragma GCC target`, which clang does not.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+#define BF16_TILES
+#endif
+
 namespace bf16 {
 
 constexpr int64_t kTile = 32;
