@@ -26,7 +26,7 @@ def mm_fp32(x: Tensor, w: Tensor, out: Tensor) -> None:
     elif x.device.type == "cpu":
         torch.ops.rlhf_kernels.bf16_logits(x, w, out)
     else:
-        out.copy_(torch.mm(x, w.t(), out_dtype=torch.float32))
+        torch.ops.aten.mm.dtype_out(x, w.t(), torch.float32, out=out)
 
 
 def pull(dz: Tensor, w: Tensor, total: Tensor) -> None:
@@ -171,8 +171,8 @@ class Head:
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.x.device)
 
-    def of_rows(self, rows: Tensor) -> "Head":
-        """This head for some of its rows, int64 [n]; it must have no adapters and no saved logits."""
+    def of_rows(self, rows: Tensor | slice) -> "Head":
+        """This head for some of its rows (int64 [n] or a slice); it must have no adapters and no saved logits."""
         ref = None if self.ref is None else self.ref[rows]
         target, temperature = self.target[rows], self.temperature[rows]
         return replace(self, x=self.x[rows], ref=ref, target=target, temperature=temperature)

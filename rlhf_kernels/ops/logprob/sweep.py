@@ -12,6 +12,8 @@ from rlhf_kernels.ops.logprob import tiles
 from rlhf_kernels.ops.logprob.head import Head, Pullback, outer
 from rlhf_kernels.ops.logprob.tier import fused
 
+FINISHED_ROWS = 1024  # whose W_y are gathered at a time
+
 
 def statistics(
     head: Head, reference: bool, kl: bool, rkl: bool, full: bool, grad: bool, keep: Tensor | None
@@ -89,14 +91,17 @@ def _finish(head: Head, reference: bool, total: Tensor | None, parts: st.Parts) 
     else:
         total = head.shard.merge(total, reference)
     miss = torch.sigmoid(rest - target_z)  # 1 - p_y
-    weight_y = head.target_rows()
-    if head.softcap > 0:
-        t = own_target.clamp(min=-head.softcap * 1e3) * head.temperature / head.softcap
-        weight_y.mul_((1 - t.square()).float()[:, None])
-    spread = torch.where(whole_mass > 0, down / whole_mass, 0).float()
-    vector = pulled.mul_(spread[:, None]).sub_(weight_y)
-    vector.mul_((-miss * head.scale / head.temperature).float()[:, None])
-    return total, head.shard.sum(vector)
+    spread = torch.where(whole_mass > 0, down / whole_mass, 0).float()[:, None]
+    lost = (-miss * head.scale / head.temperature).float()[:, None]
+    step = max(1, head.rows) if head.low_rank else FINISHED_ROWS  # an adapter's rows are named for the whole head
+    for i in range(0, head.rows, step):
+        part = slice(i, i + step)
+        weight_y = (head if head.low_rank else head.of_rows(part)).target_rows()
+        if head.softcap > 0:
+            t = own_target[part].clamp(min=-head.softcap * 1e3) * head.temperature[part] / head.softcap
+            weight_y.mul_((1 - t.square()).float()[:, None])
+        pulled[part].mul_(spread[part]).sub_(weight_y).mul_(lost[part])
+    return total, head.shard.sum(pulled)
 
 
 def split(x: Tensor) -> Tensor:
