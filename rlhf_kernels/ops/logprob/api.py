@@ -69,9 +69,9 @@ def linear_logprob(
             a gradient; two GEMMs in all for logprob, k1, k2, k3); "recompute": nothing, backward repeats the GEMM;
             "logits": fp32 logits [rows, V]; "auto": grad_vector where it is free, else recompute.
         valid_rows: number of targets other than ignore_index; on CUDA it saves reading that count back.
-        deterministic: results are bitwise repeatable in any case (no atomics). On the CPU a bf16 row also has the same bits
-            alone and among any other rows, except in what goes by blocks (docs/kernels.md) in library GEMMs, which take
-            another kernel for another number of rows: then up to rounding.
+        deterministic: results are bitwise repeatable in any case (no atomics). On the CPU's tiles (docs/kernels.md) a
+            bf16 row also has the same bits alone and among any other rows; elsewhere a library's GEMM may take another
+            kernel for another number of rows, and that holds up to rounding.
         tp_group: process group over which the vocabulary is sharded; outputs are those of the whole vocabulary, and
             the gradient of `hidden` is summed over the ranks.
 

@@ -251,7 +251,12 @@ def backward(
             upstream = torch.where(target == ignore_index, 0, upstream)
         head.saved = logits[:, : head.rows] if logits.numel() else None
         likes = {"weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b}
-        made = {name: torch.zeros_like(like) for name, like in likes.items() if name in wanted and like is not None}
+        whole = ("weight", "bias") if head.rows else ()  # written in every element; an adapter without rows is not
+        made = {
+            name: torch.empty_like(like) if name in whole else torch.zeros_like(like)
+            for name, like in likes.items()
+            if name in wanted and like is not None
+        }
         need: dict[str, Tensor | None] = {**made, **({"hidden": None} if "hidden" in wanted else {})}
         grads = dict(zip(_names(grad_fields), upstream))
         d_hidden = sweep.pull(head, dict(zip(st.BACKWARD, stats)), grads, need)
