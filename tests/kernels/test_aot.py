@@ -27,7 +27,7 @@ def test_row_kernels_on_smaller_and_on_ragged_blocks_do_not_spill_either(arch, k
     if not isinstance(block := kernel.constexprs.get("BLOCK"), int):
         pytest.skip("not a row kernel")
     values = block // (32 * kernel.num_warps)  # that a thread takes
-    for columns in (block, *(size for size in (16, 64, 256, 1024, 2048) if size < block)):
+    for columns in (block, *(size for size in (128, 256, 1024, 2048) if size < block)):
         smaller = dataclasses.replace(
             kernel,
             constexprs={**kernel.constexprs, "BLOCK": columns},

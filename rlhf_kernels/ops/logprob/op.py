@@ -23,9 +23,10 @@ def _names(listed: str) -> tuple[str, ...]:
     return tuple(name for name in listed.split(",") if name)
 
 
-def _vector_dtype(hidden: Tensor) -> torch.dtype:
-    """Vectors are differences already taken, so bf16 keeps their digits; fp16 would lose small ones to underflow."""
-    return torch.bfloat16 if hidden.dtype == torch.bfloat16 else torch.float32
+def _vector_dtype(hidden: Tensor, fields: int) -> torch.dtype:
+    """A vector is a difference already taken, so bf16 keeps its digits; several may cancel in their sum, and fp16 would
+    lose small ones to underflow."""
+    return torch.bfloat16 if hidden.dtype == torch.bfloat16 and fields == 1 else torch.float32
 
 
 def valid_rows_of(target: Tensor, ignore_index: int, valid_rows: int) -> Tensor | None:
@@ -167,7 +168,7 @@ def forward(
             values["js"], kl_mean = sweep.js(head, total[st.LSE], total[st.DIFFERENCE])
         miss = -values["logprob"].expm1()
         stats = torch.stack([total[st.LSE], total[st.DIFFERENCE], total[st.ENTROPY], total[st.KL], kl_mean, miss])
-        vectors = hidden.new_empty(0, dtype=_vector_dtype(hidden))
+        vectors = hidden.new_empty(0, dtype=_vector_dtype(hidden, len(grads)))
         if save == "grad_vector":
             found = [vector] if one_sweep else _vectors(head, stats, grads)
             vectors = torch.stack([_spread_rows(v.to(vectors.dtype), rows, n) for v in found if v is not None])
@@ -207,7 +208,7 @@ def _(
     return (
         *out,
         hidden.new_empty(stats_shape, dtype=torch.float64),
-        hidden.new_empty(vectors_shape, dtype=_vector_dtype(hidden)),
+        hidden.new_empty(vectors_shape, dtype=_vector_dtype(hidden, len(_names(grad_fields)))),
         hidden.new_empty(logits_shape, dtype=torch.float32),
     )
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def block_of(n: int, most: int) -> int:
-    """The power of 2 that holds n columns, or `most` if n is more."""
-    return max(16, min(most, 1 << (n - 1).bit_length()))
+    """The power of 2, at least 128 (a warp group's threads), that holds n columns, or `most` if n is more."""
+    return min(most, max(128, 1 << (n - 1).bit_length()))
 
 
 def warps_of(block: int, values: int) -> int:
