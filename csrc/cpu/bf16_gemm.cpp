@@ -21,7 +21,7 @@ namespace {
 using bf16::kTile;
 using torch::stable::Tensor;
 
-constexpr int64_t kGroup = 10;        // of 32 rows or columns of the result: a task's share
+constexpr int64_t kGroup = 10;        // of 32 rows or columns of the result: taken at a time
 constexpr int64_t kStepsAtOnce = 10;  // of 32 k, so that a row tile's chunk stays in the first-level cache
 constexpr int64_t kTileSums = kTile * kTile;
 
@@ -44,12 +44,12 @@ void multiply_by_rows(int64_t row_tiles, int64_t column_tiles, int64_t k, const 
   torch::stable::parallel_for(0, column_tiles, 1, [&](int64_t lo, int64_t hi) {
     for (int64_t j = lo; j < hi; ++j) right(j, columns.data + j * panel_words(steps));
   });
-  torch::stable::parallel_for(0, (row_tiles + kGroup - 1) / kGroup, 1, [&](int64_t lo, int64_t hi) {
+  torch::stable::parallel_for(0, row_tiles, 1, [&](int64_t lo, int64_t hi) {
     Buffer<uint16_t> rows(kGroup * steps * kTileSums);
     Buffer<float[kTileSums]> sums(kGroup);
     unit.begin();
-    for (int64_t first = lo * kGroup; first < std::min(row_tiles, hi * kGroup); first += kGroup) {
-      const int64_t group = std::min(kGroup, row_tiles - first);
+    for (int64_t first = lo; first < hi; first += kGroup) {
+      const int64_t group = std::min(kGroup, hi - first);
       for (int64_t i = 0; i < group; ++i) left(first + i, rows.data + i * steps * kTileSums);
       for (int64_t j = 0; j < column_tiles; ++j) {
         for (int64_t s = 0; s == 0 || s < steps; s += kStepsAtOnce) {  // without any steps: zeros
@@ -76,12 +76,12 @@ void multiply_by_columns(int64_t row_tiles, int64_t column_tiles, int64_t k, con
   torch::stable::parallel_for(0, row_tiles, 1, [&](int64_t lo, int64_t hi) {
     for (int64_t i = lo; i < hi; ++i) left(i, rows.data + i * steps * kTileSums);
   });
-  torch::stable::parallel_for(0, (column_tiles + kGroup - 1) / kGroup, 1, [&](int64_t lo, int64_t hi) {
+  torch::stable::parallel_for(0, column_tiles, 1, [&](int64_t lo, int64_t hi) {
     Buffer<uint32_t> columns(kGroup * panel_words(steps));
     Buffer<float[kTileSums]> sums(kGroup);
     unit.begin();
-    for (int64_t first = lo * kGroup; first < std::min(column_tiles, hi * kGroup); first += kGroup) {
-      const int64_t group = std::min(kGroup, column_tiles - first);
+    for (int64_t first = lo; first < hi; first += kGroup) {
+      const int64_t group = std::min(kGroup, hi - first);
       for (int64_t j = 0; j < group; ++j) right(first + j, columns.data + j * panel_words(steps));
       for (int64_t i = 0; i < row_tiles; ++i) {
         const uint16_t* strip = rows.data + i * steps * kTileSums;
