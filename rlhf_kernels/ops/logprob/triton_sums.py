@@ -7,7 +7,8 @@ that do not exist carry LOWEST, like masked tokens: they have no mass and no dif
 import triton
 import triton.language as tl
 
-LOWEST = tl.constexpr(-1e30)  # stands for -inf, so that no difference of two logits is NaN
+from rlhf_kernels.ops.logprob.triton_math import LOWEST, expm1_minus_x
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -31,21 +32,6 @@ def tanh(x):
     p = p * s - 1.0 / 3.0
     near = x + x * s * p
     return tl.where(a < 0.45, near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def expm1_minus_x(x):
-    """e^x - 1 - x of fp32 for |x| < 1, by its series: relative digits are kept near 0."""
-    p = x * (1.0 / 39916800) + 1.0 / 3628800
-    p = p * x + 1.0 / 362880
-    p = p * x + 1.0 / 40320
-    p = p * x + 1.0 / 5040
-    p = p * x + 1.0 / 720
-    p = p * x + 1.0 / 120
-    p = p * x + 1.0 / 24
-    p = p * x + 1.0 / 6
-    p = p * x + 0.5
-    return x * x * p
 
 
 @triton.jit
