@@ -42,7 +42,7 @@ Type type_of(const Tensor& t) {
   }
 }
 
-constexpr int64_t kFew = 48;  // rows up to which packing W costs more than it saves
+constexpr int64_t kFew = 56;  // rows up to which packing W costs more than it saves
 
 int64_t size_of(Type type) { return type == Type::single ? 4 : 2; }
 
