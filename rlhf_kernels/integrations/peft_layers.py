@@ -16,8 +16,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_kernels.integrations.peft_routes import BASE, Route, Routes, keep_routes
-from rlhf_kernels.ops.lora.api import apply
+from rlhf_kernels.integrations.peft_routes import BASE, Route, Routes, Spread, keep_routes
+from rlhf_kernels.ops.lora.autograd import apply
 from rlhf_kernels.ops.registry import under_autocast
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -107,13 +107,15 @@ class Linear(PeftLinear):
         base = self.base_layer
         weight = base.weight.t() if type(base) is Conv1D else base.weight
         flat = x.reshape(-1, self.in_features)
-        index, grad_rows, rows = None, None, flat.shape[0]
-        runs: list[int] | None = [0, rows, 0 if factors else -1]
+        rows = flat.shape[0]
+        spread = Spread(None, [0, rows, 0 if factors else -1], None)
         if route is not None and factors:
             spread = route.over(rows, x.device)
-            index, runs, grad_rows = spread.index, spread.runs, spread.grad_rows
         lora_a, lora_b, scaling = ([f[i] for f in factors] for i in range(3))
-        y = apply(flat, weight, base.bias, lora_a, lora_b, index, runs, scaling, grad_rows=grad_rows)
+        (y,) = apply(
+            flat, [weight], [base.bias], lora_a, lora_b, spread.index, spread.runs, scaling,
+            grad_rows=spread.grad_rows, order=spread.order,
+        )  # fmt: skip
         return y.view(*x.shape[:-1], self.out_features)
 
     def _by_names(self, x: Tensor, route: Route, *args: Any, **kwargs: Any) -> Tensor:

@@ -24,6 +24,7 @@ class Spread:
     index: Tensor | None
     runs: list[int] | None
     grad_rows: int | None
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ class Route:
 
     def used(self) -> "Route":
         """Without the adapters that no row uses, where the host knows: they get None, not zeros, as gradients."""
-        runs = self.routing.runs
+        runs = self.routing.host_runs()
         if runs is None:
             return self
         slots = sorted({e for e in runs[2::3] if e >= 0})
@@ -61,12 +62,14 @@ class Route:
     def _spread(self, rows: int, device: torch.device) -> Spread:
         routing, repeats = self.routing, self._repeats(rows)
         grad_rows = None if routing.grad_rows is None else routing.grad_rows * repeats
-        if routing.runs is not None:
-            runs = [v if i % 3 == 2 else v * repeats for i, v in enumerate(routing.runs)]
-            return Spread(None, runs, grad_rows)
+        runs = routing.host_runs()
+        if runs is not None:
+            return Spread(None, [v if i % 3 == 2 else v * repeats for i, v in enumerate(runs)], grad_rows)
         assert routing.index is not None
-        index = routing.index.to(device)
-        return Spread(index.repeat_interleave(repeats, output_size=rows) if repeats != 1 else index, None, grad_rows)
+        if repeats == 1 and routing.index.device == device:
+            return Spread(routing.index, None, grad_rows, routing.order)
+        index = routing.index.to(device).repeat_interleave(repeats, output_size=rows)
+        return Spread(index, None, grad_rows, build_routing(index, routing.adapters).order)
 
     def _repeats(self, rows: int) -> int:
         known = self.routing.rows
