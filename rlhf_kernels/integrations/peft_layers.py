@@ -6,8 +6,7 @@ Needs PEFT; `rlhf_kernels.integrations.peft` imports this module when it is used
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft import LoraModel as PeftLoraModel
@@ -18,39 +17,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_kernels.integrations.peft_routes import BASE, Route, Routes, Spread, keep_routes
+from rlhf_kernels.nn.siblings import together
 from rlhf_kernels.ops.lora.autograd import apply
 from rlhf_kernels.ops.registry import under_autocast
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@dataclass
-class Parts:
-    """A linear [N, K] and its adapters as the op takes them."""
-
-    weight: Tensor
-    bias: Tensor | None
-    lora_a: list[Tensor | None] = field(default_factory=list)  # [r, K]; None: the layer lacks it
-    lora_b: list[Tensor | None] = field(default_factory=list)  # [N, r]
-    scaling: list[float] = field(default_factory=list)
-
-    def add(self, a: Tensor | None, b: Tensor | None, scaling: float) -> None:
-        self.lora_a.append(a)
-        self.lora_b.append(b)
-        self.scaling.append(scaling)
-
-    def joined(self) -> "Parts":
-        """All adapters on every row, as one: side by side in one of the sum of their ranks."""
-        a_list, b_list = (cast(list[Tensor], factors) for factors in (self.lora_a, self.lora_b))
-        common = self.scaling[0] if len(set(self.scaling)) == 1 else 1.0
-        b_list = [b if s == common else b * s for b, s in zip(b_list, self.scaling)]
-        return Parts(self.weight, self.bias, [torch.cat(a_list)], [torch.cat(b_list, 1)], [common])
-
-
 class Linear(PeftLinear):
     """peft.tuners.lora.Linear, whose forward is one call of the fused op. What the op lacks is left to PEFT's."""
 
     _routes: Routes
+    siblings: "list[Linear]"  # see nn/siblings.py
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.pop("adapter_names", None)
@@ -63,63 +41,60 @@ class Linear(PeftLinear):
             self.unmerge()
         if not args and not any(v is not None for v in kwargs.values()):
             parts = self.parts(route)
-            if parts is not None and self._takes(x, parts.weight):
-                return self._apply(x, parts, route)
+            if parts is not None and _fits(x, parts[0]):
+                return self._output(x, parts, route)
         if route is None or names is not None or self._disable_adapters:
             return super().forward(x, *args, adapter_names=names, **kwargs)
         return self._by_names(x, route, *args, **kwargs)
 
-    def parts(self, route: Route | None) -> "Parts | None":
-        """What the op takes for the adapters in force; None where only PEFT's forward computes them."""
+    def parts(self, route: Route | None) -> list[Any] | None:
+        """[weight, bias, A, B, scaling, A, B, scaling, ...] of the adapters in force, each slot of a route's with A and
+        B None where this layer lacks it; None where only PEFT's forward computes them.
+        """
         modules = self._modules
         base, on_layer = modules["base_layer"], modules["lora_A"]._modules
         weight = plain_weight(base)
         if weight is None or not self.cast_input_dtype_enabled:
             return None
-        found = Parts(weight.t() if type(base) is Conv1D else weight, base.bias)
+        found: list[Any] = [weight, base.bias]
         if self._disable_adapters or self.merged_adapters:
             return found
         for name in self.active_adapters if route is None else route.adapters:
             if name in on_layer:
-                if not self._add_factors(found, name):
+                factors = self._factors(name)
+                if factors is None:
                     return None
-            elif route is not None:  # the slot is there, of rank 0
-                found.add(None, None, 1.0)
-        return found.joined() if route is None and len(found.scaling) > 1 else found
+                found += factors
+            elif route is not None:
+                found += (None, None, 1.0)
+        return found
 
-    def _add_factors(self, parts: "Parts", name: str) -> bool:
-        """Adds an adapter of this layer; False where only PEFT's forward computes it."""
+    def _factors(self, name: str) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and the scaling of an adapter of this layer; None where only PEFT's forward computes it."""
         modules = self._modules
         lora_a, lora_b, dropout = (modules[k]._modules[name] for k in ("lora_A", "lora_B", "lora_dropout"))
         a, b, scaling = plain_weight(lora_a), plain_weight(lora_b), self.scaling[name]
-        drops = (
-            dropout.training and dropout.p > 0.0 if type(dropout) is nn.Dropout else type(dropout) is not nn.Identity
-        )
+        drops = dropout.training and dropout.p > 0 if type(dropout) is nn.Dropout else type(dropout) is not nn.Identity
         if drops or a is None or b is None or lora_b.bias is not None or name in self.lora_variant:
-            return False
-        if not isinstance(scaling, (int, float)) or a.device != parts.weight.device:
-            return False
-        parts.add(a, b, float(scaling))
-        return True
+            return None
+        if not isinstance(scaling, (int, float)):
+            return None
+        return a, b, float(scaling)
 
-    def _takes(self, x: Tensor, weight: Tensor) -> bool:
-        """Whether x is what the weight's own product would take."""
-        plain = type(x) is Tensor or type(x) is nn.Parameter
-        return plain and x.device == weight.device and not x.is_meta and (x.dtype == weight.dtype or under_autocast(x))
+    def _output(self, x: Tensor, parts: list[Any], route: Route | None) -> Tensor:
+        if route is None and len(parts) > 5:
+            return _project([self], [_joined(parts)], x, None)[0]
+        if len(self.siblings) == 1 or torch.compiler.is_compiling():
+            return _project([self], [parts], x, route)[0]
 
-    def _apply(self, x: Tensor, parts: "Parts", route: Route | None) -> Tensor:
-        flat = x.reshape(-1, self.in_features)
-        rows = flat.shape[0]
-        spread = Spread(None, [0, rows, 0 if parts.scaling else -1], None)
-        if route is not None and parts.scaling:
-            spread = route.over(rows, x.device)
-        lora_a = [flat.new_empty(0, self.in_features) if a is None else a for a in parts.lora_a]
-        lora_b = [flat.new_empty(self.out_features, 0) if b is None else b for b in parts.lora_b]
-        (y,) = apply(
-            flat, [parts.weight], [parts.bias], lora_a, lora_b, spread.index, spread.runs, parts.scaling,
-            grad_rows=spread.grad_rows, order=spread.order,
-        )  # fmt: skip
-        return y.view(*x.shape[:-1], self.out_features)
+        def read(member: "Linear") -> list[Any] | None:
+            if member is self:
+                return parts
+            found = member.parts(route)
+            return found if found is not None and _alike(found, parts) else None
+
+        holder = self._routes.here if route is None else route
+        return together(self, x, holder, read, lambda members, found: _project(members, found, x, route))
 
     def _by_names(self, x: Tensor, route: Route, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's own computation of a mixed batch, each row a sample."""
@@ -134,6 +109,50 @@ class Linear(PeftLinear):
                 rest = self._mixed_batch_forward(flat[live:], *args, adapter_names=names[live:], **kwargs)
             y = torch.cat([y, rest])
         return y.view(*x.shape[:-1], self.out_features)
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether x is what the weight's own product would take."""
+    plain = type(x) is Tensor or type(x) is nn.Parameter
+    return plain and x.device == weight.device and not x.is_meta and (x.dtype == weight.dtype or under_autocast(x))
+
+
+def _alike(parts: list[Any], others: list[Any]) -> bool:
+    """Whether two layers' parts can be in one op: as many adapters, and scaled alike where both have one."""
+    return len(parts) == len(others) and all(
+        a is None or b is None or s == t for a, s, b, t in zip(parts[2::3], parts[4::3], others[2::3], others[4::3])
+    )
+
+
+def _joined(parts: list[Any]) -> list[Any]:
+    """All adapters on every row, as one: side by side in one of the sum of their ranks."""
+    weight, bias, a_list, b_list, scaling = *parts[:2], parts[2::3], parts[3::3], parts[4::3]
+    common = scaling[0] if len(set(scaling)) == 1 else 1.0
+    b_list = [b if s == common else b * s for b, s in zip(b_list, scaling)]
+    return [weight, bias, torch.cat(a_list), torch.cat(b_list, 1), common]
+
+
+def _project(layers: "list[Linear]", parts: list[list[Any]], x: Tensor, route: Route | None) -> list[Tensor]:
+    """The outputs of layers that share x, given the parts of each."""
+    flat = x.reshape(-1, x.shape[-1])
+    rows, n = flat.shape[0], (len(parts[0]) - 2) // 3
+    if route is None or n == 0:
+        spread = Spread(None, [0, rows, n - 1], None)
+    else:
+        spread = route.over(rows, x.device)
+    weights = [w.t() if type(layer.base_layer) is Conv1D else w for layer, (w, *_) in zip(layers, parts)]
+    lora_a, lora_b = [], []
+    scaling = [1.0] * n
+    for weight, own in zip(weights, parts):
+        for e, (a, b, s) in enumerate(zip(own[2::3], own[3::3], own[4::3])):
+            lora_a.append(flat.new_empty(0, weight.shape[1]) if a is None else a)
+            lora_b.append(flat.new_empty(weight.shape[0], 0) if b is None else b)
+            scaling[e] = scaling[e] if a is None else s
+    ys = apply(
+        flat, weights, [own[1] for own in parts], lora_a, lora_b, spread.index, spread.runs, scaling,
+        grad_rows=spread.grad_rows, order=spread.order,
+    )  # fmt: skip
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 class LoraModel(PeftLoraModel):

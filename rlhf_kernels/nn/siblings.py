@@ -7,9 +7,9 @@ from, unchanged, so that a sibling called with another tensor, twice or never is
 torch.compile traces, which cannot ask what has changed, each is computed by itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,19 @@ SIBLINGS = (
 
 @dataclass
 class Ahead:
-    """An output computed ahead, and the parameters it was computed from."""
+    """An output computed ahead, and the parameters and numbers it was computed from."""
 
     y: Tensor
-    parameters: list[Tensor | None]
+    parameters: list[Any]
     versions: list[int]
+
+    def of(self, parameters: list[Any]) -> bool:
+        """Whether it would be computed from the same now."""
+        return (
+            len(parameters) == len(self.parameters)
+            and all(p is q or (type(p) is float and p == q) for p, q in zip(parameters, self.parameters))
+            and _versions(parameters) == self.versions
+        )
 
 
 @dataclass
@@ -45,45 +53,85 @@ class Pending:
 
     x: Tensor
     state: tuple[object, ...]
-    outputs: "dict[LoRALinear, Ahead]"
+    outputs: dict[Any, Ahead]
 
     def of(self, x: Tensor) -> bool:
         return self.x is x and self.state == _state(x)
 
 
-def group_siblings(model: nn.Module, fuse: bool = True) -> None:
-    """Tells every LoRALinear of `model` its siblings, itself among them; with `fuse` off it is alone."""
+class Sibling(Protocol):
+    """A layer that may be computed with others of its module."""
+
+    siblings: list[Any]  # in calling order, itself among them
+
+
+class Holder(Protocol):
+    """Where a forward keeps what siblings have not taken yet."""
+
+    pending: "Pending | None"
+
+
+def group_siblings(model: nn.Module, fuse: bool = True, kind: type[nn.Module] | None = None) -> None:
+    """Tells every LoRALinear (or `kind`) of `model` its siblings, itself among them; with `fuse` off it is alone."""
     from rlhf_kernels.nn.lora import LoRALinear
 
+    kind = kind or LoRALinear
+    for module in model.modules():
+        if isinstance(module, kind):
+            cast(Sibling, module).siblings = [module]
+    if not fuse:
+        return
     for parent in model.modules():
         for names in SIBLINGS:
-            found = [layer for name in names if isinstance(layer := getattr(parent, name, None), LoRALinear)]
-            alike = len({layer.in_features for layer in found}) == 1
-            for layer in found:
-                layer.siblings = found if fuse and alike else [layer]
+            found: list[Any] = [layer for name in names if isinstance(layer := getattr(parent, name, None), kind)]
+            if len({layer.in_features for layer in found}) == 1:
+                for layer in found:
+                    layer.siblings = found
 
 
 def output(layer: "LoRALinear", x: Tensor, running: "Running") -> Tensor:
     """layer(x): what a sibling computed ahead, or computed together with the siblings that come after it."""
-    pending = running.pending
+    return together(
+        layer, x, running,
+        lambda member: member.tensors(running.names),
+        lambda members, read: project(members, read, x, running),
+    )  # fmt: skip
+
+
+def together(
+    layer: Any,
+    x: Tensor,
+    holder: Holder,
+    read: Callable[[Any], list[Any] | None],
+    compute: Callable[[list[Any], list[list[Any]]], list[Tensor]],
+) -> Tensor:
+    """`output` for any layers: `read(member)` gives all that its output depends on beside x, its weight first and None
+    if it cannot be computed with the others; `compute(members, read)` gives the outputs.
+    """
+    pending, own = holder.pending, read(layer)
+    assert own is not None
     again = pending is not None and pending.of(x)
-    if pending is not None and again and layer in pending.outputs:
-        ahead = pending.outputs.pop(layer)
-        if not pending.outputs:
-            running.pending = None
-        parameters = layer.tensors(running.names)
-        if all(p is q for p, q in zip(parameters, ahead.parameters)) and _versions(parameters) == ahead.versions:
-            return ahead.y
-    weight, members = layer.weight, [layer]
+    if pending is not None and layer in pending.outputs:
+        if again:
+            ahead = pending.outputs.pop(layer)
+            if not pending.outputs:
+                holder.pending = None
+            if ahead.of(own):
+                return ahead.y
+        else:  # its name misled: it reads another tensor, as in cross-attention
+            for member in list(layer.siblings):
+                member.siblings = [member]
+    members, parts = [layer], [own]
     if not again and not x.is_inference():  # a second call goes alone, and what does not tell that it was written to
         for other in layer.siblings[layer.siblings.index(layer) + 1 :]:
-            if other.weight.device == weight.device and other.weight.dtype == weight.dtype:
+            found = read(other)
+            if found is not None and found[0].device == own[0].device and found[0].dtype == own[0].dtype:
                 members.append(other)
-    tensors = [member.tensors(running.names) for member in members]
-    ys = project(members, tensors, x, running)
+                parts.append(found)
+    ys = compute(members, parts)
     if len(members) > 1:
-        ready = {m: Ahead(y, t, _versions(t)) for m, y, t in zip(members[1:], ys[1:], tensors[1:])}
-        running.pending = Pending(x, _state(x), ready)
+        ready = {m: Ahead(y, part, _versions(part)) for m, y, part in zip(members[1:], ys[1:], parts[1:])}
+        holder.pending = Pending(x, _state(x), ready)
     return ys[0]
 
 
@@ -120,5 +168,5 @@ def _state(x: Tensor) -> tuple[object, ...]:
     return x._version, torch.is_grad_enabled(), autocast
 
 
-def _versions(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [-1 if t is None or t.is_inference() else t._version for t in tensors]
+def _versions(parameters: Sequence[Any]) -> list[int]:
+    return [t._version if isinstance(t, Tensor) and not t.is_inference() else -1 for t in parameters]
