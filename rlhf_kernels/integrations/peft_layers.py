@@ -51,7 +51,7 @@ class Linear(PeftLinear):
         """[weight, bias, A, B, scaling, A, B, scaling, ...] of the adapters in force, each slot of a route's with A and
         B None where this layer lacks it; None where only PEFT's forward computes them.
         """
-        modules = self._modules
+        modules: dict[str, Any] = self._modules
         base, on_layer = modules["base_layer"], modules["lora_A"]._modules
         weight = plain_weight(base)
         if weight is None or not self.cast_input_dtype_enabled:
@@ -71,7 +71,7 @@ class Linear(PeftLinear):
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor, float] | None:
         """A, B and the scaling of an adapter of this layer; None where only PEFT's forward computes it."""
-        modules = self._modules
+        modules: dict[str, Any] = self._modules
         lora_a, lora_b, dropout = (modules[k]._modules[name] for k in ("lora_A", "lora_B", "lora_dropout"))
         a, b, scaling = plain_weight(lora_a), plain_weight(lora_b), self.scaling[name]
         drops = dropout.training and dropout.p > 0 if type(dropout) is nn.Dropout else type(dropout) is not nn.Identity
@@ -98,7 +98,7 @@ class Linear(PeftLinear):
 
     def _by_names(self, x: Tensor, route: Route, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's own computation of a mixed batch, each row a sample."""
-        flat = x.reshape(-1, self.in_features)
+        flat = x.reshape(-1, x.shape[-1])
         names = route.names(flat.shape[0])
         self._check_forward_args(flat, adapter_names=names)
         live = route.over(len(names), flat.device).grad_rows
@@ -108,7 +108,7 @@ class Linear(PeftLinear):
             with torch.no_grad():
                 rest = self._mixed_batch_forward(flat[live:], *args, adapter_names=names[live:], **kwargs)
             y = torch.cat([y, rest])
-        return y.view(*x.shape[:-1], self.out_features)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
@@ -217,7 +217,7 @@ def plain_weight(module: nn.Module) -> Tensor | None:
 
 def reason(layer: LoraLayer) -> str | None:
     """Why PEFT's own forward serves a layer; None for one that can be accelerated."""
-    base = getattr(layer, "base_layer", None)
+    base: Any = getattr(layer, "base_layer", None)
     if type(layer) not in (PeftLinear, Linear):
         return f"PEFT's {type(layer).__name__} layer is not supported"
     if type(base) not in (nn.Linear, Conv1D):
