@@ -17,6 +17,7 @@ from rlhf_kernels.nn.siblings import Pending
 from rlhf_kernels.ops.lora import Routing, build_routing
 
 BASE = "__base__"  # PEFT's word for the bypass in adapter_names
+MOST_SPREADS = 8  # lengths of batches that a route remembers: one that lives on meets new ones without end
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class Route:
         """The route of a layer whose input has `rows` rows, a multiple of the routing's."""
         found = self.spreads.get((rows, device))
         if found is None:
+            if len(self.spreads) == MOST_SPREADS:
+                self.spreads.clear()
             found = self.spreads[rows, device] = self._spread(rows, device)
         return found
 

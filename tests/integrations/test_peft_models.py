@@ -98,6 +98,16 @@ def test_restore_is_as_if_never_accelerated():
         mine(input_ids=IDS, adapter_names=["default"] * 4)
 
 
+def test_a_layer_whose_class_something_else_exchanged_is_not_restored_behind_its_back():
+    mine = accelerate(theirs())
+    layer = mine.get_submodule("base_model.model.model.layers.1.self_attn.v_proj")
+    before, layer.__class__ = type(layer), type("Sharded", (type(layer),), {})
+    with pytest.raises(ValueError, match="v_proj is a Sharded by now"):
+        restore(mine)
+    layer.__class__ = before
+    restore(mine)
+
+
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_a_copy_is_accelerated_and_on_its_own(how):
     _, mine = both("llama", {"actor": {}, "critic": {}})
