@@ -4,6 +4,7 @@ import pytest
 import torch
 from architectures import build
 from peft_models import IDS, WEIGHT, grads, run, same, train_all, two
+from torch.utils.checkpoint import checkpoint
 
 from rlhf_kernels.integrations.peft import accelerate, route
 from rlhf_kernels.ops.lora import Routing
@@ -188,11 +189,26 @@ def test_a_checkpointed_forward_is_recomputed_under_its_own_route(name, way, ree
     same((unrouted.detach(), grads(mine)), run(plain))
 
 
-def test_checkpointing_that_loses_the_route_is_an_error():
-    from torch.utils.checkpoint import checkpoint
-
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+def test_checkpointing_that_loses_the_route_is_an_error(reentrant):
     mine = accelerate(two())
+    embeddings = mine.get_input_embeddings()(IDS).detach().requires_grad_()
+
+    def forward(x):
+        return mine(inputs_embeds=x).logits
+
     with route(mine, torch.tensor([1, 0, 0, 1]), ("actor", "critic")):
-        logits = checkpoint(lambda: mine(input_ids=IDS).logits, use_reentrant=False)
+        logits = checkpoint(forward, embeddings, use_reentrant=reentrant)
     with pytest.raises(RuntimeError, match="without the route of its forward"):
         logits.sum().backward()
+
+
+def test_checkpointing_after_routed_forwards_is_no_error():
+    """What was routed before, with gradients or without, says nothing about a forward without a route."""
+    plain, mine = accelerate(two()), accelerate(two())
+    with route(mine, torch.tensor([1, 0, 0, 1]), ("actor", "critic")):
+        mine(input_ids=IDS).logits.sum().backward()
+    mine.zero_grad()
+    mine.eval()(input_ids=IDS, adapter_names=["critic"] * 4)
+    mine.train().gradient_checkpointing_enable({"use_reentrant": False})
+    same(run(mine), run(plain))
