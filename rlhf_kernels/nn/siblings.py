@@ -9,7 +9,8 @@ torch.compile traces, which cannot ask what has changed, each is computed by its
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from operator import is_
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,25 +31,22 @@ SIBLINGS = (
 )
 
 
-@dataclass
+@dataclass(slots=True)
 class Ahead:
     """An output computed ahead, and the parameters it was computed from."""
 
     y: Tensor
-    parameters: list[Tensor | None]
+    tensors: list[Tensor | None]  # LoRALinear.tensors
     versions: list[int]
 
 
-@dataclass
+@dataclass(slots=True)
 class Pending:
     """The outputs that siblings have not taken yet, and the tensor they were computed from."""
 
     x: Tensor
     state: tuple[object, ...]
     outputs: "dict[LoRALinear, Ahead]"
-
-    def of(self, x: Tensor) -> bool:
-        return self.x is x and self.state == _state(x)
 
 
 def group_siblings(model: nn.Module, fuse: bool = True) -> None:
@@ -58,32 +56,36 @@ def group_siblings(model: nn.Module, fuse: bool = True) -> None:
     for parent in model.modules():
         for names in SIBLINGS:
             found = [layer for name in names if isinstance(layer := getattr(parent, name, None), LoRALinear)]
-            alike = len({layer.in_features for layer in found}) == 1
+            alike = len({(layer.in_features, layer.transposed) for layer in found}) == 1
             for layer in found:
                 layer.siblings = found if fuse and alike else [layer]
 
 
 def output(layer: "LoRALinear", x: Tensor, running: "Running") -> Tensor:
     """layer(x): what a sibling computed ahead, or computed together with the siblings that come after it."""
-    pending = running.pending
-    again = pending is not None and pending.of(x)
-    if pending is not None and again and layer in pending.outputs:
-        ahead = pending.outputs.pop(layer)
+    siblings, own = layer.siblings, layer.tensors(running.names)
+    if len(siblings) == 1 or x.is_inference():  # inference_mode's tensors do not tell when they are written to
+        return project([layer], [own], x, running)[0]
+    pending, state = running.pending, _state(x)
+    members, tensors = [layer], [own]
+    if pending is not None and pending.x is x and pending.state == state:
+        ahead = pending.outputs.pop(layer, None)
         if not pending.outputs:
             running.pending = None
-        parameters = layer.tensors(running.names)
-        if all(p is q for p, q in zip(parameters, ahead.parameters)) and _versions(parameters) == ahead.versions:
+        if ahead is not None and all(map(is_, own, ahead.tensors)) and _versions(own) == ahead.versions:
             return ahead.y
-    weight, members = layer.weight, [layer]
-    if not again and not x.is_inference():  # a second call goes alone, and what does not tell that it was written to
-        for other in layer.siblings[layer.siblings.index(layer) + 1 :]:
-            if other.weight.device == weight.device and other.weight.dtype == weight.dtype:
+    else:
+        mine = cast(Tensor, own[0])
+        for other in siblings[siblings.index(layer) + 1 :]:
+            found = other.tensors(running.names)
+            weight = cast(Tensor, found[0])
+            if weight.device == mine.device and weight.dtype == mine.dtype:
                 members.append(other)
-    tensors = [member.tensors(running.names) for member in members]
+                tensors.append(found)
     ys = project(members, tensors, x, running)
     if len(members) > 1:
         ready = {m: Ahead(y, t, _versions(t)) for m, y, t in zip(members[1:], ys[1:], tensors[1:])}
-        running.pending = Pending(x, _state(x), ready)
+        running.pending = Pending(x, state, ready)
     return ys[0]
 
 
@@ -91,9 +93,12 @@ def project(
     layers: "Sequence[LoRALinear]", tensors: Sequence[list[Tensor | None]], x: Tensor, running: "Running | None"
 ) -> list[Tensor]:
     """[layer(x) for layer in layers] by one op, given each one's `tensors`; with no forward running, the base alone."""
-    flat = x.reshape(-1, layers[0].in_features)
+    shape = x.shape
+    flat = x if len(shape) == 2 else x.reshape(-1, layers[0].in_features)
     rows = flat.shape[0]
-    weights = [layer.weight.t() if layer.transposed else layer.weight for layer in layers]
+    weights = [cast(Tensor, own[0]) for own in tensors]
+    if layers[0].transposed:
+        weights = [weight.t() for weight in weights]
     biases = [own[1] for own in tensors]
     if running is None:
         ys = apply(flat, weights, biases, [], [], None, [0, rows, -1], [])
@@ -111,7 +116,7 @@ def project(
             flat, weights, biases, lora_a, lora_b, routing.index if running.runs is None else None, running.runs,
             running.scaling, grad_rows=routing.grad_rows, order=routing.order,
         )  # fmt: skip
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+    return ys if flat is x else [y.view(*shape[:-1], y.shape[-1]) for y in ys]
 
 
 def _state(x: Tensor) -> tuple[object, ...]:
