@@ -125,15 +125,29 @@ def attach_adapters(
         if not isinstance(spec, LoraSpec):
             raise TypeError(f"adapters[{name!r}] is a {type(spec).__name__}; it must be a LoraSpec")
         for path in targeted(model, spec.target_modules or target_modules):
-            module = model.get_submodule(path)
-            if not isinstance(module, LoRALinear):
-                module = LoRALinear(module, routes)
-                parent, _, child = path.rpartition(".")
-                setattr(model.get_submodule(parent), child, module)
-            module.add_adapter(name, spec)
+            _adaptable(model, path, routes).add_adapter(name, spec)
         routes.specs[name] = spec
     group_siblings(model, fuse)
     return routes
+
+
+def match_layers(model: "PreTrainedModel", other: "PreTrainedModel", fuse: bool = True) -> None:
+    """LoRALinears, without adapters, wherever `other` has them, so that equal weights give equal bits in both."""
+    linears = set(decoder_linears(model))
+    for path in lora_layers(other):
+        if path in linears:
+            _adaptable(model, path, adapter_routes(model))
+    group_siblings(model, fuse)
+
+
+def _adaptable(model: nn.Module, path: str, routes: AdapterRoutes) -> LoRALinear:
+    """The LoRALinear at a path, put in the place of a Linear if need be."""
+    module = model.get_submodule(path)
+    if not isinstance(module, LoRALinear):
+        module = LoRALinear(module, routes)
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+    return module
 
 
 def detach_adapter(model: "PreTrainedModel", name: str) -> None:
