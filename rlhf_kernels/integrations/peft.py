@@ -41,6 +41,7 @@ def accelerate(model: Model, *, fuse: bool = True) -> Model:
     for path, module in found.items():
         if path not in left and type(module) is layers.PeftLinear:
             _exchange(module, layers.Linear, routes)
+            module.siblings = [module]
     for module in model.modules():
         if type(module) is layers.PeftLoraModel:
             _exchange(module, layers.LoraModel, routes)

@@ -32,7 +32,7 @@ class Spread:
 
 @dataclass(eq=False)
 class Route:
-    """A routing and the names of its adapter slots. Made once a forward, shared by all layers."""
+    """A routing and the names of its adapter slots. Made once a forward, shared by all layers (siblings.Forward)."""
 
     adapters: tuple[str, ...]
     routing: Routing
@@ -83,6 +83,12 @@ class Route:
             raise ValueError(f"x has {rows} rows where the forward was routed for {known}; it must be a multiple")
         return rows // known if known else 1
 
+    def read(self, layer: Any, beside: list[Any] | None = None) -> list[Any] | None:
+        return layer.parts(self, beside)
+
+    def compute(self, layers: list[Any], read: list[list[Any]], x: Tensor) -> list[Tensor]:
+        return layers[0].product(layers, read, x, self)
+
     def names(self, rows: int) -> list[str]:
         """The name of each row's adapter: what PEFT's own forward takes. Reads an index that lies on a device."""
         spread = self.over(rows, torch.device("cpu"))
@@ -95,13 +101,19 @@ class Route:
 
 
 class Here(threading.local):
-    """What one thread's forward is at."""
+    """What one thread's forward is at; as siblings.Forward, that of a forward without a route."""
 
     current: Route | None = None
     learns: bool = False  # `current` was entered with gradients on
     kept: bool = False  # inside Checkpointed, which puts `current` back for the recomputation: None means what it says
     named: tuple[list[str], Route] | None = None  # the last adapter_names and their route
     pending: Pending | None = None  # of a forward without a route
+
+    def read(self, layer: Any, beside: list[Any] | None = None) -> list[Any] | None:
+        return layer.parts(None, beside)
+
+    def compute(self, layers: list[Any], read: list[list[Any]], x: Tensor) -> list[Tensor]:
+        return layers[0].product(layers, read, x, None)
 
 
 class Routes:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft_models import both, run, same, train_all, two
+from peft_models import both, run, same, theirs, train_all, two
 
 from rlhf_kernels.integrations.peft import accelerate
 
@@ -52,6 +52,15 @@ def test_projections_that_are_not_alike_are_apart(ops):
     for model in (own, mine):
         model.base_model.set_adapter("critic")
     same(run(mine), run(own))
+
+
+def test_an_adapter_that_the_first_projection_lacks_keeps_its_scalings_on_the_others(ops):
+    critic = {"target_modules": ["k_proj", "v_proj"], "alpha_pattern": {"v_proj": 24}}
+    own, mine = (theirs("llama", {"actor": {}, "critic": critic}) for _ in range(2))
+    accelerate(mine)
+    train_all(own, mine)
+    names = ["critic", "actor", "__base__", "critic"]
+    same(run(mine.eval(), adapter_names=names), run(own.eval(), adapter_names=names))
 
 
 @pytest.mark.parametrize("change", ["scaling", "adapter", "disabled"])
