@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name)
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         command.add_argument("--rounds", type=int, help="timed runs of each contestant (5; on a GPU 20)")
-        command.add_argument("--only", metavar="TEXT", help="only cases whose name holds TEXT")
+        command.add_argument("--only", metavar="TEXT", help="only cases whose name holds TEXT (lora: also sweep)")
         command.add_argument(
             "--who", metavar="TEXT", nargs="+", default=(), help="only contestants whose name holds one"
         )
@@ -68,10 +68,12 @@ def _benchmark(args: argparse.Namespace) -> None:
         print(f'{{"peak_bytes": {memory.peak_of(chosen, contestant, args.device)}}}')
         return
     if args.only:
-        chosen_cases = [c for c in cases if args.only in c.name]
+        chosen_cases = [c for c in cases if (c.name.startswith(args.only) if c.extra else args.only in c.name)]
         if not chosen_cases:
             sys.exit(f"--only {args.only!r}: no such case; there are:\n" + "\n".join(c.name for c in cases))
         cases = chosen_cases
+    else:
+        cases = [c for c in cases if not c.extra]
     result = runner.run_benchmark(args.name, cases, args.device, args.rounds, args.memory, args.who, _progress)
     print(f"\n{tables.heading(result)}. {tables.provenance(result)}\n")
     for case in tables.by_case(result):

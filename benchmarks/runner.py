@@ -48,13 +48,13 @@ def run_benchmark(
     )  # fmt: skip
     cases, quiet = list(cases), machine.Quietness()
     for case in cases:
-        result.timings += time_case(case, rounds or ROUNDS[device], device, who)
+        result.timings += time_case(case, rounds or case.rounds or ROUNDS[device], device, who)
         if report:
             report(result, case.name)
     result.others = quiet.others()
     if memory:
         _measure_memory(result, [case for case in cases if case.memory])
-    result.verdicts = [verdict for case in cases for verdict in judge(case, result.timings)]
+    result.verdicts = [verdict for case in cases for verdict in judge(case, result.timings) + checked(case)]
     return result
 
 
@@ -141,3 +141,12 @@ def judge(case: Case, timings: list[Timing]) -> list[Verdict]:
         met = target.met(ratio) if ratio is not None else None
         verdicts.append(Verdict(case.name, target.over, target.quantity, target.bound(), ratio, met))
     return verdicts
+
+
+def checked(case: Case) -> list[Verdict]:
+    """The case's checks as verdicts; none where what they compare with cannot run here."""
+    try:
+        found = case.checks() if case.checks else []
+    except Unavailable:
+        return []
+    return [Verdict(case.name, c.what, "error", f"<= {c.at_most:g}", c.error, c.error <= c.at_most) for c in found]
