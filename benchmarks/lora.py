@@ -13,10 +13,10 @@ import torch
 
 from benchmarks import lora_block as blocks
 from benchmarks import lora_peers as peers
+from benchmarks import lora_sweep as sweep
 from benchmarks.case import OURS, Case, Check, Prepare, Run, Target
 from benchmarks.lora_block import ACTOR, CRITIC, Block
 from benchmarks.lora_layer import Layer, Work, captured, make_inputs, runs
-from benchmarks.lora_sweep import TIERS
 
 NAMES: dict[Work, str] = {"forward": "forward only", "both": "forward + backward"}
 RANKS = (8, 16, 64, 128)
@@ -105,8 +105,16 @@ def _sweep(device: str) -> Iterator[Case]:
     for rows in SWEEP_ROWS:
         for work in NAMES:
             layer = Layer(rows, WIDTH[device], WIDTH[device])
-            case = _layer(work, layer, device, (peers.FROZEN, OURS, *TIERS), name=f"sweep of rows, {NAMES[work]}")
-            yield replace(case, extra=True)
+            case = _layer(work, layer, device, (peers.FROZEN, OURS), name=f"sweep of rows, {NAMES[work]}")
+            yield replace(case, build=partial(_with_tiers, case.build, layer, work, device), extra=True)
+
+
+def _with_tiers(
+    build: Callable[[bool], dict[str, Prepare]], layer: Layer, work: Work, device: str, tiny: bool
+) -> dict[str, Prepare]:
+    inputs = make_inputs(layer.tiny() if tiny else layer, device)
+    found = {name: sweep.alone(module, work, inputs) for name, module in sweep.names(device).items()}
+    return build(tiny) | found
 
 
 def _layer(
@@ -128,7 +136,7 @@ def _layer(
             decodes = device == "cuda" and name.startswith("decode") and not tiny
             return captured(run) if decodes and linear.captures else run
 
-        return {each: partial(prepare, (peers.PEERS | TIERS)[each]) for each in who}
+        return {each: partial(prepare, peers.PEERS[each]) for each in who}
 
     base = peers.PEFT_PASSES if layer.routed == "roles" else peers.FROZEN
     return _case(f"{name or NAMES[work]}: {layer.text()}{note}", build, base, device, targets, memory)

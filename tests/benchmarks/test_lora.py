@@ -12,7 +12,7 @@ from benchmarks.case import OURS, Case, Unavailable
 from benchmarks.lora import MODELS, RANKS, cases
 from benchmarks.lora_block import ACTOR, CRITIC, Block
 from benchmarks.lora_layer import SCALING, Inputs, Layer, make_inputs, runs
-from rlhf_kernels.ops.lora import naive
+from rlhf_kernels.ops.lora import naive, tier
 
 pytest.importorskip("peft")
 
@@ -148,3 +148,14 @@ def test_every_contestant_of_every_case_runs(case: Case):
             continue
         ran.append(name)
     assert {OURS, case.base} <= set(ran)
+
+
+@pytest.mark.parametrize("case", [case for case in cases("cpu") if case.extra and " 16 x" in case.name])
+def test_the_sweep_holds_every_tier_of_the_op_alone(case: Case):
+    before = tier.TIERS
+    contestants = case.build(True)
+    alone = {name for name in contestants if name.startswith(f"{OURS}: ")}
+    assert f"{OURS}: library" in alone
+    for name in alone:
+        contestants[name]()()
+        assert tier.TIERS is before
