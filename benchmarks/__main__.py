@@ -67,14 +67,10 @@ def _benchmark(args: argparse.Namespace) -> None:
         chosen = next(c for c in cases if c.name == case)
         print(f'{{"peak_bytes": {memory.peak_of(chosen, contestant, args.device)}}}')
         return
-    if args.only:
-        chosen_cases = [c for c in cases if (c.name.startswith(args.only) if c.extra else args.only in c.name)]
-        if not chosen_cases:
-            sys.exit(f"--only {args.only!r}: no such case; there are:\n" + "\n".join(c.name for c in cases))
-        cases = chosen_cases
-    else:
-        cases = [c for c in cases if not c.extra]
-    result = runner.run_benchmark(args.name, cases, args.device, args.rounds, args.memory, args.who, _progress)
+    asked = runner.asked_for(cases, args.only)
+    if not asked:
+        sys.exit(f"--only {args.only!r}: no such case; there are:\n" + "\n".join(c.name for c in cases))
+    result = runner.run_benchmark(args.name, asked, args.device, args.rounds, args.memory, args.who, _progress)
     print(f"\n{tables.heading(result)}. {tables.provenance(result)}\n")
     for case in tables.by_case(result):
         tables.print_case(result, case)

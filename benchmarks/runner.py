@@ -29,6 +29,13 @@ WARM_UPS = {"cpu": 1, "cuda": 3}
 MEMORY_PROCESSES = {"cpu": 2, "cuda": 4}  # at a time; memory needs no quiet processor
 
 
+def asked_for(cases: Iterable[Case], only: str | None) -> list[Case]:
+    """The cases whose name holds `only`; the extra ones, where it begins theirs."""
+    if only is None:
+        return [case for case in cases if not case.extra]
+    return [case for case in cases if (case.name.startswith(only) if case.extra else only in case.name)]
+
+
 def run_benchmark(
     name: str,
     cases: Iterable[Case],

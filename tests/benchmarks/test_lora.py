@@ -119,6 +119,9 @@ def test_every_way_through_a_block_gives_the_same_output_and_gradients(block):
 def test_loss_and_gradients_of_a_block_are_those_of_peft(block):
     for check in lora_block.same_step(block, "cpu"):
         assert check.error <= check.at_most, check.what
+    loss, gradients = lora_block.same_step(block, "cpu", (lora_block.OURS_LOW,))
+    assert loss.error > loss.at_most  # rounded adapters are noticed
+    assert gradients.error > gradients.at_most
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -134,7 +137,7 @@ def test_cases_have_distinct_names_and_cover_shapes_ranks_and_targets(device):
         assert {
             r for r in RANKS if any(name.startswith(work) and f"r={r}, bf16 (3B)" in name for name in names)
         } == set(RANKS)
-    assert sum(len(case.targets) for case in listed) == {"cpu": 14, "cuda": 10}[device]
+    assert sum(len(case.targets) for case in listed) == {"cpu": 14, "cuda": 4}[device]
     assert [case.name.startswith("sweep") for case in listed] == [case.extra for case in listed]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import machine, memory, peers, runner, tables
-from benchmarks.case import OURS, Case, Target, Unavailable, ready
+from benchmarks.case import OURS, Case, Check, Target, Unavailable, ready
 from benchmarks.head import MODELS, NAMES, SMALL, cases, contestant, gemms_alone, make_inputs
 from benchmarks.result import Result, Timing, Verdict
 
@@ -102,6 +102,30 @@ def test_targets_are_judged_by_ratio_by_memory_and_in_absolute_terms(clock):
     assert verdicts[5].sentence() == "time against gone: not measured, target >= 1"
 
 
+def test_what_a_case_checks_becomes_a_verdict(clock):
+    def checks() -> list[Check]:
+        return [Check("the loss", 3e-7, 1e-6), Check("gradients", 0.5, 1e-5), Check("y", float("nan"), 1.0)]
+
+    verdicts = runner.run_benchmark("lora", [race(clock, checks=checks)], rounds=1).verdicts
+    assert [v.met for v in verdicts] == [True, False, False]
+    assert verdicts[0].sentence() == "the loss: relative error 3.0e-07: target <= 1e-06, met"
+    assert runner.checked(race(clock, checks=absent)) == []
+
+
+@pytest.mark.parametrize(
+    ("only", "names"), [(None, ["race"]), ("ace", ["race"]), ("rac", ["race", "race far"]), ("far", [])]
+)
+def test_an_extra_case_runs_only_where_its_name_is_begun(clock, only, names):
+    listed = [race(clock), race(clock, name="race far", extra=True)]
+    assert [case.name for case in runner.asked_for(listed, only)] == names
+
+
+def test_a_case_may_want_its_own_number_of_rounds(clock):
+    case = race(clock, rounds=2)
+    assert {t.rounds for t in runner.run_benchmark("lora", [case]).timings if not t.unavailable} == {2}
+    assert {t.rounds for t in runner.run_benchmark("lora", [case], rounds=3).timings if not t.unavailable} == {3}
+
+
 @pytest.fixture
 def result(clock) -> Result:
     return runner.run_benchmark("head", [race(clock, targets=(Target("slow", at_least=2),))], rounds=1)
@@ -142,10 +166,13 @@ def test_markdown_has_every_contestant_its_verdict_and_the_gpu_table_as_not_meas
     assert "| gone | not installed |" in text
     assert f"| **{OURS}** |" in text
     assert "- " + result.verdicts[0].sentence() in text
-    assert "on an H200: not measured" in text
+    assert "`head` on an H200: not measured" in text
     assert "<= 27 ms" in text
-    assert "not measured" not in tables.markdown([result, replace(result, device="cuda", machine={"gpu": "H200"})])
-    assert tables.markdown([]).count(": not measured") == 2
+    assert "| <= 1.1 times the time of frozen linear | not measured |" in text
+    measured = [replace(result, benchmark=name) for name in ("head", "lora")]
+    measured += [replace(one, device="cuda", machine={"gpu": "H200"}) for one in measured]
+    assert "not measured" not in tables.markdown(measured)
+    assert tables.markdown([]).count(": not measured") == 4
 
 
 def test_the_terminal_table_shows_what_the_file_holds(result, capsys):
