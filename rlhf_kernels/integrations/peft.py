@@ -13,18 +13,20 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from rlhf_kernels.integrations.peft_routes import Route, Routes, forget_routes
+from rlhf_kernels.nn.siblings import group_siblings
 from rlhf_kernels.ops.lora import Routing, build_routing
 
 Model = TypeVar("Model", bound=nn.Module)
 log = logging.getLogger(__name__)
 
 
-def accelerate(model: Model) -> Model:
+def accelerate(model: Model, *, fuse: bool = True) -> Model:
     """Gives every supported LoRA layer of `model` the fused op's forward, in place; returns `model`.
 
     Args:
         model: any module that holds PEFT LoRA layers: a PeftModel, or what wraps one. Calling it again is harmless,
             and takes in the layers that were added in between.
+        fuse: compute projections of one tensor (q, k and v; gate and up) together.
 
     Raises:
         ValueError: no LoRA layer of the model is supported; says why. ImportError: PEFT is not installed.
@@ -42,6 +44,7 @@ def accelerate(model: Model) -> Model:
     for module in model.modules():
         if type(module) is layers.PeftLoraModel:
             _exchange(module, layers.LoraModel, routes)
+    group_siblings(model, fuse, layers.Linear)
     if left:
         path, why = next(iter(left.items()))
         log.warning("%d of %d LoRA layers keep PEFT's forward; the first, %s: %s", len(left), len(found), path, why)
@@ -118,5 +121,6 @@ def _exchange(module: nn.Module, kind: type[nn.Module], routes: Routes | None) -
     module.__class__ = kind
     if routes is None:
         del module.__dict__["_routes"]
+        module.__dict__.pop("siblings", None)
     else:
         module.__dict__["_routes"] = routes

@@ -17,106 +17,84 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_kernels.integrations.peft_routes import BASE, Route, Routes, Spread, keep_routes
+from rlhf_kernels.nn.siblings import together
 from rlhf_kernels.ops.lora.autograd import apply
 from rlhf_kernels.ops.registry import under_autocast
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-Factors = tuple[Tensor, Tensor, float]  # A [r, K], B [N, r], scaling
 
 
 class Linear(PeftLinear):
     """peft.tuners.lora.Linear, whose forward is one call of the fused op. What the op lacks is left to PEFT's."""
 
     _routes: Routes
+    siblings: "list[Linear]"  # see nn/siblings.py
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.pop("adapter_names", None)
         if names is not None:
             self._check_forward_args(x, adapter_names=names)
         route = self._routes.running() if names is None else self._routes.of_names(names)
-        if self.merged and route is not None:
+        if self.merged_adapters and route is not None:
             raise ValueError("route: adapters are merged into the weights; call unmerge_adapter first")
-        if self.disable_adapters and self.merged:
+        if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        bypass = self.disable_adapters or self.merged
-        if not args and not any(v is not None for v in kwargs.values()) and self._base_serves(x):
-            if bypass:
-                return self._apply(x, [], None)
-            factors = self._active() if route is None else self._routed(route)
-            if factors is not None:
-                return self._apply(x, factors, route)
-        if bypass or route is None or names is not None:
+        if not args and not any(v is not None for v in kwargs.values()):
+            parts = self.parts(route)
+            if parts is not None and _fits(x, parts[0]):
+                return self._output(x, parts, route)
+        if route is None or names is not None or self._disable_adapters:
             return super().forward(x, *args, adapter_names=names, **kwargs)
         return self._by_names(x, route, *args, **kwargs)
 
-    def _base_serves(self, x: Tensor) -> bool:
-        base = self.base_layer
-        weight = base.weight
-        return (
-            is_plain(base)
-            and self.cast_input_dtype_enabled
-            and type(x) in (Tensor, nn.Parameter)
-            and (x.dtype == weight.dtype or under_autocast(x))
-            and x.device == weight.device
-            and not x.is_meta
-        )
-
-    def _factors(self, name: str) -> Factors | None:
-        """An adapter as the op takes it; None where only PEFT's forward computes it."""
-        if name in self.lora_variant:
+    def parts(self, route: Route | None) -> list[Any] | None:
+        """[weight, bias, A, B, scaling, A, B, scaling, ...] of the adapters in force, each slot of a route's with A and
+        B None where this layer lacks it; None where only PEFT's forward computes them.
+        """
+        modules = self._modules
+        base, on_layer = modules["base_layer"], modules["lora_A"]._modules
+        weight = plain_weight(base)
+        if weight is None or not self.cast_input_dtype_enabled:
             return None
-        lora_a, lora_b, dropout, scaling = (
-            part[name] for part in (self.lora_A, self.lora_B, self.lora_dropout, self.scaling)
-        )
-        drops = type(dropout) is not nn.Identity and not (
-            type(dropout) is nn.Dropout and (not dropout.training or dropout.p == 0.0)
-        )
-        if drops or not is_plain(lora_a) or not is_plain(lora_b) or lora_b.bias is not None:
-            return None
-        if not isinstance(scaling, (int, float)) or lora_a.weight.device != self.base_layer.weight.device:
-            return None
-        return lora_a.weight, lora_b.weight, float(scaling)
+        found: list[Any] = [weight, base.bias]
+        if self._disable_adapters or self.merged_adapters:
+            return found
+        for name in self.active_adapters if route is None else route.adapters:
+            if name in on_layer:
+                factors = self._factors(name)
+                if factors is None:
+                    return None
+                found += factors
+            elif route is not None:
+                found += (None, None, 1.0)
+        return found
 
-    def _active(self) -> list[Factors] | None:
-        """Every active adapter on every row, as one: several are side by side in one of the sum of their ranks."""
-        found = [self._factors(name) for name in self.active_adapters if name in self.lora_A]
-        factors = [f for f in found if f is not None]
-        if len(factors) < len(found):
+    def _factors(self, name: str) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and the scaling of an adapter of this layer; None where only PEFT's forward computes it."""
+        modules = self._modules
+        lora_a, lora_b, dropout = (modules[k]._modules[name] for k in ("lora_A", "lora_B", "lora_dropout"))
+        a, b, scaling = plain_weight(lora_a), plain_weight(lora_b), self.scaling[name]
+        drops = dropout.training and dropout.p > 0 if type(dropout) is nn.Dropout else type(dropout) is not nn.Identity
+        if drops or a is None or b is None or lora_b.bias is not None or name in self.lora_variant:
             return None
-        if len(factors) < 2:
-            return factors
-        scaling = factors[0][2]
-        if any(s != scaling for _, _, s in factors):
-            factors, scaling = [(a, b * s, 1.0) for a, b, s in factors], 1.0
-        return [(torch.cat([a for a, _, _ in factors]), torch.cat([b for _, b, _ in factors], 1), scaling)]
+        if not isinstance(scaling, (int, float)):
+            return None
+        return a, b, float(scaling)
 
-    def _routed(self, route: Route) -> list[Factors] | None:
-        """The adapters of the route's slots; of rank 0 where this layer lacks one."""
-        weight, factors = self.base_layer.weight, []
-        for name in route.adapters:
-            if name in self.lora_A:
-                found = self._factors(name)
-            else:
-                found = weight.new_empty(0, self.in_features), weight.new_empty(self.out_features, 0), 1.0
-            if found is None:
-                return None
-            factors.append(found)
-        return factors
+    def _output(self, x: Tensor, parts: list[Any], route: Route | None) -> Tensor:
+        if route is None and len(parts) > 5:
+            return _project([self], [_joined(parts)], x, None)[0]
+        if len(self.siblings) == 1 or torch.compiler.is_compiling():
+            return _project([self], [parts], x, route)[0]
 
-    def _apply(self, x: Tensor, factors: list[Factors], route: Route | None) -> Tensor:
-        base = self.base_layer
-        weight = base.weight.t() if type(base) is Conv1D else base.weight
-        flat = x.reshape(-1, self.in_features)
-        rows = flat.shape[0]
-        spread = Spread(None, [0, rows, 0 if factors else -1], None)
-        if route is not None and factors:
-            spread = route.over(rows, x.device)
-        lora_a, lora_b, scaling = ([f[i] for f in factors] for i in range(3))
-        (y,) = apply(
-            flat, [weight], [base.bias], lora_a, lora_b, spread.index, spread.runs, scaling,
-            grad_rows=spread.grad_rows, order=spread.order,
-        )  # fmt: skip
-        return y.view(*x.shape[:-1], self.out_features)
+        def read(member: "Linear") -> list[Any] | None:
+            if member is self:
+                return parts
+            found = member.parts(route)
+            return found if found is not None and _alike(found, parts) else None
+
+        holder = self._routes.here if route is None else route
+        return together(self, x, holder, read, lambda members, found: _project(members, found, x, route))
 
     def _by_names(self, x: Tensor, route: Route, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's own computation of a mixed batch, each row a sample."""
@@ -131,6 +109,50 @@ class Linear(PeftLinear):
                 rest = self._mixed_batch_forward(flat[live:], *args, adapter_names=names[live:], **kwargs)
             y = torch.cat([y, rest])
         return y.view(*x.shape[:-1], self.out_features)
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether x is what the weight's own product would take."""
+    plain = type(x) is Tensor or type(x) is nn.Parameter
+    return plain and x.device == weight.device and not x.is_meta and (x.dtype == weight.dtype or under_autocast(x))
+
+
+def _alike(parts: list[Any], others: list[Any]) -> bool:
+    """Whether two layers' parts can be in one op: as many adapters, and scaled alike where both have one."""
+    return len(parts) == len(others) and all(
+        a is None or b is None or s == t for a, s, b, t in zip(parts[2::3], parts[4::3], others[2::3], others[4::3])
+    )
+
+
+def _joined(parts: list[Any]) -> list[Any]:
+    """All adapters on every row, as one: side by side in one of the sum of their ranks."""
+    weight, bias, a_list, b_list, scaling = *parts[:2], parts[2::3], parts[3::3], parts[4::3]
+    common = scaling[0] if len(set(scaling)) == 1 else 1.0
+    b_list = [b if s == common else b * s for b, s in zip(b_list, scaling)]
+    return [weight, bias, torch.cat(a_list), torch.cat(b_list, 1), common]
+
+
+def _project(layers: "list[Linear]", parts: list[list[Any]], x: Tensor, route: Route | None) -> list[Tensor]:
+    """The outputs of layers that share x, given the parts of each."""
+    flat = x.reshape(-1, x.shape[-1])
+    rows, n = flat.shape[0], (len(parts[0]) - 2) // 3
+    if route is None or n == 0:
+        spread = Spread(None, [0, rows, n - 1], None)
+    else:
+        spread = route.over(rows, x.device)
+    weights = [w.t() if type(layer.base_layer) is Conv1D else w for layer, (w, *_) in zip(layers, parts)]
+    lora_a, lora_b = [], []
+    scaling = [1.0] * n
+    for weight, own in zip(weights, parts):
+        for e, (a, b, s) in enumerate(zip(own[2::3], own[3::3], own[4::3])):
+            lora_a.append(flat.new_empty(0, weight.shape[1]) if a is None else a)
+            lora_b.append(flat.new_empty(weight.shape[0], 0) if b is None else b)
+            scaling[e] = scaling[e] if a is None else s
+    ys = apply(
+        flat, weights, [own[1] for own in parts], lora_a, lora_b, spread.index, spread.runs, scaling,
+        grad_rows=spread.grad_rows, order=spread.order,
+    )  # fmt: skip
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 class LoraModel(PeftLoraModel):
@@ -177,16 +199,20 @@ def unrouted(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether calling `module` is its product and nothing else: no hook, parametrisation or quantised weight."""
-    return (
-        type(module) in (nn.Linear, Conv1D)
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        and "forward" not in module.__dict__
-        and type(module.weight) in (Tensor, nn.Parameter)
-        and module.weight.dtype in DTYPES
-    )
+def plain_weight(module: nn.Module) -> Tensor | None:
+    """The weight, where calling `module` is its product and nothing else: no hook, parametrisation, quantised weight.
+
+    Looks into the module's own dictionaries: attributes of modules are slow, and every layer asks in every forward.
+    """
+    own = module.__dict__
+    if type(module) is not nn.Linear and type(module) is not Conv1D:
+        return None
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return None
+    weight = own["_parameters"].get("weight", own.get("weight"))  # FSDP makes it a plain attribute
+    if "forward" in own or (type(weight) is not nn.Parameter and type(weight) is not Tensor):
+        return None
+    return weight if weight.dtype in DTYPES else None
 
 
 def reason(layer: LoraLayer) -> str | None:

@@ -4,6 +4,7 @@ A Linear is called without keywords, so the route of the forward lies in one `Ro
 accelerated layers: set on entry, restored on the way out, and put back while a checkpointed layer is recomputed.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_kernels.nn.siblings import Pending
 from rlhf_kernels.ops.lora import Routing, build_routing
 
 BASE = "__base__"  # PEFT's word for the bypass in adapter_names
@@ -27,12 +29,13 @@ class Spread:
     order: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Route:
     """A routing and the names of its adapter slots. Made once a forward, shared by all layers."""
 
     adapters: tuple[str, ...]
     routing: Routing
+    pending: Pending | None = None  # what one projection has computed ahead for its siblings
     spreads: dict[tuple[int, torch.device], Spread] = field(default_factory=dict)
 
     @classmethod
@@ -88,41 +91,62 @@ class Route:
         return [BASE if e < 0 else self.adapters[e] for e in slots]
 
 
-@dataclass(eq=False)
-class Routes:
-    """The route of the forward that is running; None: every row uses the active adapters."""
+class Here(threading.local):
+    """What one thread's forward is at."""
 
     current: Route | None = None
     recomputing: bool = False  # `current` was put back by Checkpointed: None then means what it says
-    routed: bool = False  # some forward was routed that a backward may recompute
     named: tuple[list[str], Route] | None = None  # the last adapter_names and their route
+    pending: Pending | None = None  # of a forward without a route
+
+
+class Routes:
+    """The route of the forward that is running, each thread its own; None: every row uses the active adapters."""
+
+    def __init__(self) -> None:
+        self.here = Here()
+        self.routed = False  # some forward was routed that a backward may recompute
+
+    def __reduce__(self) -> tuple[type["Routes"], tuple[()]]:
+        return Routes, ()  # a copy starts with no forward running, or to recompute
 
     @contextmanager
     def use(self, route: Route | None, recomputing: bool = False) -> Iterator[None]:
-        before = self.current, self.recomputing
-        self.current, self.recomputing = route, recomputing
+        """Nothing pending on the way in, nor kept on the way out: what a projection computed ahead ends here."""
+        here = self.here
+        before = here.current, here.recomputing
+        here.current, here.recomputing = route, recomputing
         self.routed |= route is not None
+        self._forget(route)
         try:
             yield
         finally:
-            self.current, self.recomputing = before
+            here.current, here.recomputing = before
+            self._forget(route)
+
+    def _forget(self, route: Route | None) -> None:
+        self.here.pending = None
+        if route is not None:
+            route.pending = None
 
     def of_names(self, names: Sequence[str]) -> Route:
         """The route of PEFT's adapter_names: built by the first layer that asks, kept for the others."""
-        if self.named is None or self.named[0] != names:
-            self.named = list(names), Route.of_names(names)
+        named = self.here.named
+        if named is None or named[0] != names:
+            named = self.here.named = list(names), Route.of_names(names)
         self.routed |= torch.is_grad_enabled()
-        return self.named[1]
+        return named[1]
 
     def running(self) -> Route | None:
-        """`current`; RuntimeError where a recomputation has lost the route of its forward."""
-        lost = self.current is None and self.routed and not self.recomputing
+        """This forward's; RuntimeError where a recomputation has lost it."""
+        here = self.here
+        lost = here.current is None and self.routed and not here.recomputing
         if lost and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "a checkpointed layer is recomputed without the route of its forward: enable checkpointing with the "
                 "model's gradient_checkpointing_enable before the routed forward, not by other means"
             )
-        return self.current
+        return here.current
 
 
 class Checkpointed:
@@ -133,7 +157,7 @@ class Checkpointed:
         self.run = run
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        route = self.routes.current
+        route = self.routes.here.current
 
         def rerouted(*inputs: Any, **named: Any) -> Any:
             with self.routes.use(route, recomputing=True):

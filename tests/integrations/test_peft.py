@@ -1,5 +1,6 @@
 """An accelerated PEFT model computes what PEFT computes, in everything PEFT does, and then some: mixed training."""
 
+import contextlib
 import copy
 import pickle
 
@@ -441,9 +442,9 @@ def test_wrong_routes_are_errors():
         pass
     with pytest.raises(IndexError, match="adapter_index holds 1"), route(mine, index + 1, ["actor"]):
         pass
-    with pytest.raises(ValueError, match="1 adapters; adapters has 2"):
-        with route(mine, Routing.from_runs([(0, 4, 0)], 1), ["actor", "critic"]):
-            pass
+    one = Routing.from_runs([(0, 4, 0)], 1)
+    with pytest.raises(ValueError, match="1 adapters; adapters has 2"), route(mine, one, ["actor", "critic"]):
+        pass
     with pytest.raises(TypeError, match="sequence of names"), route(mine, index, "actor"):
         pass
     with pytest.raises(ValueError, match="not accelerated"), route(two(), index, ["actor"]):
@@ -512,9 +513,12 @@ def test_a_layer_added_later_waits_for_the_next_call():
         stir(model)
     same(run(mine), run(own))
     assert set(accelerated(mine).values()) == {None, "accelerate was not called"}
-    with pytest.raises(ValueError, match=r"v_proj cannot be routed: .* call accelerate again"):
-        with route(mine, torch.zeros(4, dtype=torch.long), ["wide"]):
-            pass
+    index = torch.zeros(4, dtype=torch.long)
+    with (
+        pytest.raises(ValueError, match=r"v_proj cannot be routed: .* call accelerate again"),
+        route(mine, index, ["wide"]),
+    ):
+        pass
     accelerate(mine)
     assert set(accelerated(mine).values()) == {None}
     same(run(mine), run(own))
@@ -610,9 +614,9 @@ def test_an_unsupported_adapter_beside_a_supported_one_is_pefts():
 def test_modules_to_save_train_and_cannot_be_mixed_in_training():
     own, mine = both("llama", modules_to_save=["lm_head"])
     same(run(mine), run(own))
-    with pytest.raises(ValueError, match="takes one adapter a forward"):
-        with route(mine, torch.zeros(4, dtype=torch.long), ["default"]):
-            pass
+    index = torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ValueError, match="takes one adapter a forward"), route(mine, index, ["default"]):
+        pass
 
 
 def test_without_peft_the_error_says_what_to_install(monkeypatch):
@@ -630,7 +634,99 @@ def test_compiled_models_work():
     torch._dynamo.reset()
     own, mine = both("llama", target_modules=["q_proj", "down_proj"])
     expected = run(own)
-    same(
-        run(torch.compile(mine, backend="aot_eager")),
-        (expected[0], {f"_orig_mod.{k}": v for k, v in expected[1].items()}),
-    )
+    logits, found = run(torch.compile(mine, backend="aot_eager"))
+    same((logits, {path.removeprefix("_orig_mod."): grad for path, grad in found.items()}), expected)
+
+
+def test_a_layer_compiles_whole():
+    torch._dynamo.reset()
+    own, mine = both()
+    x = torch.randn(2, 3, 48, requires_grad=True)
+    path = "base_model.model.model.layers.0.self_attn.q_proj"
+    compiled = torch.compile(mine.get_submodule(path), fullgraph=True, backend="aot_eager")
+    for context in (contextlib.nullcontext, mine.disable_adapter):
+        with context():
+            y = compiled(x)
+            torch.testing.assert_close(y, mine.get_submodule(path)(x))
+    torch.testing.assert_close(compiled(x), own.get_submodule(path)(x), rtol=1e-5, atol=1e-6)
+
+
+# ---- projections together --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ops(monkeypatch):
+    """How many projections each call of the op computed."""
+    from rlhf_kernels.integrations import peft_layers
+
+    widths, apply = [], peft_layers.apply
+
+    def counted(x, weights, *args, **kwargs):
+        widths.append(len(weights))
+        return apply(x, weights, *args, **kwargs)
+
+    monkeypatch.setattr(peft_layers, "apply", counted)
+    return widths
+
+
+def test_projections_of_one_tensor_are_one_op(ops):
+    own, mine = two(), accelerate(two())
+    train_all(own, mine)
+    run(mine)
+    assert ops == [3, 1, 2, 1] * 2
+    ops.clear()
+    fused = run(mine, adapter_names=["critic", "actor", "__base__", "actor"])
+    assert ops == [3, 1, 2, 1] * 2
+    ops.clear()
+    same(run(accelerate(mine, fuse=False), adapter_names=["critic", "actor", "__base__", "actor"]), fused)
+    assert ops == [1] * 14
+    ops.clear()
+    accelerate(mine)
+    with mine.disable_adapter():
+        run_any(mine, None)
+    assert ops == [3, 1, 2, 1] * 2
+
+
+def test_projections_that_are_not_alike_are_apart(ops):
+    own, mine = both("llama", {"actor": {"alpha_pattern": {"k_proj": 3}}, "critic": {"target_modules": ["v_proj"]}})
+    same(run(mine), run(own))
+    assert ops == [2, 1, 1, 2, 1] * 2  # q with v, then k
+    for model in (own, mine):
+        model.base_model.set_adapter(["actor", "critic"])
+    ops.clear()
+    same(run(mine), run(own))
+    assert ops == [1, 1, 1, 1, 2, 1] * 2
+    for model in (own, mine):
+        model.base_model.set_adapter("critic")
+    same(run(mine), run(own))
+
+
+@pytest.mark.parametrize("change", ["scaling", "adapter", "disabled"])
+def test_what_changes_between_two_projections_is_seen(change):
+    own, mine = both("llama", {"actor": {}, "critic": {}})
+    x, results = torch.randn(3, 48), []
+    for model in (own, mine):
+        attention = model.get_submodule("base_model.model.model.layers.0.self_attn")
+        q = attention.q_proj(x)
+        if change == "scaling":
+            attention.k_proj.scale_layer(2.0)
+        elif change == "adapter":
+            model.set_adapter("critic")
+        else:
+            model.base_model.disable_adapter_layers()
+        results.append([q, attention.k_proj(x), attention.v_proj(x)])
+    for y, expected in zip(results[1], results[0]):
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_projections_that_read_other_tensors_are_computed_alone_from_then_on(ops):
+    """Cross-attention: k and v read the encoder's states."""
+    own, mine = both()
+    x, states, results = torch.randn(3, 48), torch.randn(5, 48), []
+    for model in (own, mine):
+        attention = model.get_submodule("base_model.model.model.layers.0.self_attn")
+        for _ in range(2):
+            results.append([attention.q_proj(x), attention.k_proj(states), attention.v_proj(states)])
+    assert ops == [3, 1, 1] + [1, 1, 1]
+    for y, expected in zip(results[3], results[0]):
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
