@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.case import OURS, Check, Prepare
+from benchmarks.case import OURS, Check, Prepare, Unavailable
 from benchmarks.lora_layer import BF16, PRECISION, SCALING, taken
 from benchmarks.peers import attribute
+from rlhf_kernels.ops.lora import Routing
 
 FROZEN_BLOCK = "frozen block"
 OURS_LOW = f"{OURS}, bf16 adapters"
 ACCELERATED = "PEFT + rlhf_kernels accelerate()"
+ROUTED = f"{ACCELERATED} and route()"
 PEFT = "PEFT"
 PEFT_LOW = "PEFT, bf16 adapters"
 ACTOR, CRITIC = "actor", "critic"
@@ -68,6 +70,12 @@ class BlockInputs:
         """The sequences of each adapter."""
         each = self.block.sequences // len(self.block.adapters)
         return [slice(i * each, (i + 1) * each) for i in range(len(self.block.adapters))]
+
+    def routing(self) -> Routing:
+        """Of the rows of `whole`."""
+        tokens = self.block.tokens
+        runs = [(part.start * tokens, part.stop * tokens, e) for e, part in enumerate(self.parts())]
+        return Routing.from_runs(runs, len(self.block.adapters))
 
 
 def make_block(block: Block, device: str) -> BlockInputs:
@@ -133,7 +141,6 @@ def frozen_block(inputs: BlockInputs) -> Step:
 def ours(inputs: BlockInputs, dtype: torch.dtype | None = None) -> Step:
     """All adapters' rows in one pass; fp32 adapters unless `dtype` says else, as PEFT keeps them by default."""
     from rlhf_kernels.nn.lora import LoraSpec, attach_adapters
-    from rlhf_kernels.ops.lora import Routing
 
     block, model = inputs.block, own_model(inputs)
     spec = LoraSpec(r=block.r, alpha=SCALING * block.r, dtype=dtype)
@@ -144,9 +151,7 @@ def ours(inputs: BlockInputs, dtype: torch.dtype | None = None) -> Step:
             linear = layer.get_submodule(name)
             linear.lora_A[adapter].copy_(a)
             linear.lora_B[adapter].copy_(b)
-    spans = [(p.start * block.tokens, p.stop * block.tokens, e) for e, p in enumerate(inputs.parts())]
-    routing = Routing.from_runs(spans, len(block.adapters))
-    inside = forward_of(layer, inputs.positions)
+    inside, routing = forward_of(layer, inputs.positions), inputs.routing()
 
     def forward(x: Tensor) -> Tensor:
         with routes.use(routing):
@@ -160,8 +165,8 @@ def ours(inputs: BlockInputs, dtype: torch.dtype | None = None) -> Step:
     return runs([Pass(forward, inputs.whole, inputs.upstream)], parameters)
 
 
-def peft(inputs: BlockInputs, autocast: bool = True, accelerated: bool = False) -> Step:
-    """One pass an adapter, switched as PEFT's users switch."""
+def peft_model(inputs: BlockInputs, autocast: bool = True) -> tuple[Any, list[Tensor]]:
+    """A PeftModel of the block, and A and B of each adapter and linear in the order of `inputs.matrices`."""
     get_peft_model, config_class = attribute("peft", "get_peft_model"), attribute("peft", "LoraConfig")
     block = inputs.block
     names = sorted({name.rpartition(".")[2] for name in LINEARS})
@@ -170,16 +175,24 @@ def peft(inputs: BlockInputs, autocast: bool = True, accelerated: bool = False) 
     model = get_peft_model(own_model(inputs), config, adapter_name=first, autocast_adapter_dtype=autocast)
     for name in others:
         model.add_adapter(name, config, autocast_adapter_dtype=autocast)
-    if accelerated:
-        attribute("rlhf_kernels.integrations.peft", "accelerate")(model)
-    layer = model.base_model.model.layers[0]
     parameters = []
     for (adapter, name), matrices in inputs.matrices.items():
-        linear = layer.get_submodule(name)
+        linear = model.base_model.model.layers[0].get_submodule(name)
         for side, matrix in zip((linear.lora_A, linear.lora_B), matrices):
             side[adapter].weight.data.copy_(matrix)
             parameters.append(side[adapter].weight.requires_grad_())
-    inside = forward_of(layer, inputs.positions)
+    return model, parameters
+
+
+def peft(inputs: BlockInputs, autocast: bool = True, accelerated: bool = False) -> Step:
+    """One pass an adapter, switched as PEFT's users switch."""
+    block = inputs.block
+    model, parameters = peft_model(inputs, autocast)
+    if accelerated:
+        attribute("rlhf_kernels.integrations.peft", "accelerate")(model)
+    inside = forward_of(model.base_model.model.layers[0], inputs.positions)
+    if len(block.adapters) == 1:
+        return runs([Pass(inside, inputs.whole, inputs.upstream)], parameters)
 
     def switched(adapter: str) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
@@ -188,10 +201,25 @@ def peft(inputs: BlockInputs, autocast: bool = True, accelerated: bool = False) 
 
         return forward
 
-    if not others:
-        return runs([Pass(inside, inputs.whole, inputs.upstream)], parameters)
     passes = zip(block.adapters, inputs.x, inputs.parts())
     return runs([Pass(switched(adapter), x, inputs.upstream[part]) for adapter, x, part in passes], parameters)
+
+
+def peft_routed(inputs: BlockInputs) -> Step:
+    """All adapters' rows in one pass of an accelerated PEFT model."""
+    accelerate, route = (attribute("rlhf_kernels.integrations.peft", name) for name in ("accelerate", "route"))
+    adapters, routing = inputs.block.adapters, inputs.routing()
+    if len(adapters) == 1:
+        raise Unavailable("one adapter: nothing to route")
+    model, parameters = peft_model(inputs)
+    accelerate(model)
+    inside = forward_of(model.base_model.model.layers[0], inputs.positions)
+
+    def forward(x: Tensor) -> Tensor:
+        with route(model, routing, adapters):
+            return inside(x)
+
+    return runs([Pass(forward, inputs.whole, inputs.upstream)], parameters)
 
 
 CONTESTANTS: dict[str, Callable[[BlockInputs], Step]] = {
@@ -199,6 +227,7 @@ CONTESTANTS: dict[str, Callable[[BlockInputs], Step]] = {
     OURS_LOW: lambda inputs: ours(inputs, BF16),
     FROZEN_BLOCK: frozen_block,
     ACCELERATED: lambda inputs: peft(inputs, accelerated=True),
+    ROUTED: peft_routed,
     PEFT: peft,
     PEFT_LOW: lambda inputs: peft(inputs, autocast=False),
 }
@@ -222,12 +251,13 @@ def results(inputs: BlockInputs, who: str) -> list[Tensor]:
     return [torch.cat(outputs), torch.cat(found[:passes]), *found[passes:]]
 
 
-def same_step(block: Block, device: str, who: tuple[str, ...] = (OURS, ACCELERATED), over: str = PEFT) -> list[Check]:
+def same_step(block: Block, device: str, who: tuple[str, ...] = (), over: str = PEFT) -> list[Check]:
     """How far each one's loss and gradients are from those of `over`, in fp32 from the same state, on fewer rows.
 
     The loss is the sum of y times the gradient that the backward starts from; its error is relative to the sum of the
     terms' sizes, a gradient's to its norm.
     """
+    who = who or (OURS, ACCELERATED if len(block.adapters) == 1 else ROUTED)
     inputs = make_block(replace(block, dtype=torch.float32, sequences=2, tokens=min(block.tokens, 128)), device)
     y_over, *theirs = results(inputs, over)
     terms = y_over.double() * inputs.upstream
