@@ -82,11 +82,14 @@ def time_case(case: Case, rounds: int, device: str = "cpu", who: Collection[str]
             continue
         runs[name], repeats[name] = run, min(MOST_REPEATS, math.ceil(SHORT_S / warm))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    gc.collect()
+    gc.freeze()  # what is there now (the libraries' modules, mostly) takes 0.2 s to go through, each time
     for _ in range(rounds):
         gc.collect()
         for name, run in runs.items():
             if within_budget(case, seconds[name], repeats[name]):
                 seconds[name].append(_seconds(run, device, repeats[name]))
+    gc.unfreeze()
     medians = {name: statistics.median(s) for name, s in seconds.items()}
     for name, s in seconds.items():
         timing = found[name]
