@@ -1,6 +1,6 @@
 """Times the ops beside their peers, reports their errors, and renders the results.
 
-python -m benchmarks head --memory --json FILE     times, peak memory and targets (also: gae, lora)
+python -m benchmarks lora --memory --json FILE     times, peak memory and targets (also: gae, head)
 python -m benchmarks numerics --write              errors against float64, into docs/kernels.md
 python -m benchmarks table FILES --write           tables of result files, into benchmarks/README.md
 """

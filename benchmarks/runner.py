@@ -80,6 +80,11 @@ def time_case(case: Case, rounds: int, device: str = "cpu", who: Collection[str]
         except Unavailable as why:
             found[name].unavailable = str(why)
             continue
+        except RuntimeError as error:  # of a compiler, a driver or memory: the others' times are still wanted
+            if name == OURS:
+                raise
+            found[name].unavailable = f"fails: {(str(error).splitlines() or [''])[0][:60]}"
+            continue
         runs[name], repeats[name] = run, min(MOST_REPEATS, math.ceil(SHORT_S / warm))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     gc.collect()

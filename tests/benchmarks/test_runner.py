@@ -65,6 +65,17 @@ def test_a_slow_contestant_runs_as_often_as_its_budget_allows(clock, budget, rou
     assert runner.time_case(race(clock, budget_s=budget, least_rounds=3), rounds=4)[0].rounds == max(rounds, 3)
 
 
+def test_a_peer_that_fails_says_so_and_ours_stops_the_run(clock):
+    def fails():
+        raise RuntimeError("out of registers\nat line 3")
+
+    contestants = {"slow": clock.contestant("slow", 3.0), "broken": ready(fails)}
+    slow, broken = runner.time_case(Case("race", lambda tiny: contestants, "slow"), rounds=1)
+    assert (slow.rounds, broken.median_s, broken.unavailable) == (1, None, "fails: out of registers")
+    with pytest.raises(RuntimeError, match="out of registers"):
+        runner.time_case(Case("race", lambda tiny: {OURS: ready(fails)}, OURS), rounds=1)
+
+
 def test_only_some_contestants_can_be_asked_for(clock):
     assert [t.contestant for t in runner.time_case(race(clock), 1, who=["rlhf", "go"])] == [OURS, "gone"]
     assert clock.ran == [OURS, OURS]
