@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 import torch
 
 from benchmarks import machine
-from benchmarks.case import OURS, Case, Run, Unavailable
+from benchmarks.case import OURS, Case, Prepare, Run, Unavailable
 from benchmarks.memory import peak_in_fresh_process
 from benchmarks.result import Result, Timing, Verdict
 
@@ -73,19 +73,13 @@ def time_case(case: Case, rounds: int, device: str = "cpu", who: Collection[str]
     repeats: dict[str, int] = {}
     for name, prepare in contestants.items():
         try:
-            run = prepare()
-            warm = min(_seconds(run, device) for _ in range(WARM_UPS[device]))
-            if warm < SHORT_S:
-                warm = _seconds(run, device)  # the first run of a short piece of work is mostly its libraries waking up
+            runs[name], repeats[name] = _warmed_up(prepare, device)
         except Unavailable as why:
             found[name].unavailable = str(why)
-            continue
         except RuntimeError as error:  # of a compiler, a driver or memory: the others' times are still wanted
             if name == OURS:
                 raise
             found[name].unavailable = f"fails: {(str(error).splitlines() or [''])[0][:60]}"
-            continue
-        runs[name], repeats[name] = run, min(MOST_REPEATS, math.ceil(SHORT_S / warm))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     gc.collect()
     gc.freeze()  # what is there now (the libraries' modules, mostly) takes 0.2 s to go through, each time
@@ -101,6 +95,15 @@ def time_case(case: Case, rounds: int, device: str = "cpu", who: Collection[str]
         timing.median_s, timing.min_s, timing.max_s, timing.rounds = medians[name], min(s), max(s), len(s)
         timing.ratio = medians[case.base] / medians[name] if case.base in medians else None
     return list(found.values())
+
+
+def _warmed_up(prepare: Prepare, device: str) -> tuple[Run, int]:
+    """A contestant's run, and how often to repeat it in a round."""
+    run = prepare()
+    warm = min(_seconds(run, device) for _ in range(WARM_UPS[device]))
+    if warm < SHORT_S:
+        warm = _seconds(run, device)  # the first run of a short piece of work is mostly its libraries waking up
+    return run, min(MOST_REPEATS, math.ceil(SHORT_S / warm))
 
 
 def within_budget(case: Case, taken: list[float], repeats: int) -> bool:
