@@ -41,6 +41,7 @@ def accelerate(model: Model, *, fuse: bool = True) -> Model:
     for path, module in found.items():
         if path not in left and type(module) is layers.PeftLinear:
             _exchange(module, layers.Linear, routes)
+            module.siblings = [module]
     for module in model.modules():
         if type(module) is layers.PeftLoraModel:
             _exchange(module, layers.LoraModel, routes)
@@ -52,8 +53,14 @@ def accelerate(model: Model, *, fuse: bool = True) -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Undoes `accelerate`: every layer has PEFT's forward again. Harmless on a model that was not accelerated."""
+    """Undoes `accelerate`: every layer has PEFT's forward again. Harmless on a model that was not accelerated.
+
+    ValueError for layers whose class was exchanged once more since, as FSDP does: undo that first.
+    """
     layers = _layers()
+    for path, module in model.named_modules():
+        if isinstance(module, layers.Linear) and type(module) is not layers.Linear:
+            raise ValueError(f"model: {path} is a {type(module).__name__} by now; it cannot be restored")
     for module in model.modules():
         forget_routes(module)
         if type(module) is layers.Linear:

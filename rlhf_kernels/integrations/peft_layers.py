@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf_kernels.integrations.peft_routes import BASE, Route, Routes, Spread, keep_routes
-from rlhf_kernels.nn.siblings import together
+from rlhf_kernels.nn.siblings import output
 from rlhf_kernels.ops.lora.autograd import apply
 from rlhf_kernels.ops.registry import under_autocast
 
@@ -29,6 +29,31 @@ class Linear(PeftLinear):
 
     _routes: Routes
     siblings: "list[Linear]"  # see nn/siblings.py
+
+    @property
+    def transposed(self) -> bool:
+        return type(self._modules["base_layer"]) is Conv1D
+
+    @staticmethod
+    def product(layers: "list[Linear]", parts: list[list[Any]], x: Tensor, route: Route | None) -> list[Tensor]:
+        """The outputs of layers that share x, given the parts of each."""
+        flat = x.reshape(-1, x.shape[-1])
+        rows, n = flat.shape[0], (len(parts[0]) - 2) // 3
+        if route is None or n == 0:
+            spread = Spread(None, [0, rows, n - 1], None)
+        else:
+            spread = route.over(rows, x.device)
+        weights = [own[0].t() if layer.transposed else own[0] for layer, own in zip(layers, parts)]
+        lora_a, lora_b, scaling = [], [], [float(s) for s in parts[0][4::3]]
+        for weight, own in zip(weights, parts):
+            for a, b in zip(own[2::3], own[3::3]):
+                lora_a.append(flat.new_empty(0, weight.shape[1]) if a is None else a)
+                lora_b.append(flat.new_empty(weight.shape[0], 0) if b is None else b)
+        ys = apply(
+            flat, weights, [own[1] for own in parts], lora_a, lora_b, spread.index, spread.runs, scaling,
+            grad_rows=spread.grad_rows, order=spread.order,
+        )  # fmt: skip
+        return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.pop("adapter_names", None)
@@ -47,19 +72,20 @@ class Linear(PeftLinear):
             return super().forward(x, *args, adapter_names=names, **kwargs)
         return self._by_names(x, route, *args, **kwargs)
 
-    def parts(self, route: Route | None) -> list[Any] | None:
+    def parts(self, route: Route | None, beside: list[Any] | None = None) -> list[Any] | None:
         """[weight, bias, A, B, scaling, A, B, scaling, ...] of the adapters in force, each slot of a route's with A and
-        B None where this layer lacks it; None where only PEFT's forward computes them.
+        B None where this layer lacks it. None where only PEFT's forward computes them, or not in one op with `beside`.
         """
-        modules = self._modules
+        modules: dict[str, Any] = self._modules
         base, on_layer = modules["base_layer"], modules["lora_A"]._modules
         weight = plain_weight(base)
         if weight is None or not self.cast_input_dtype_enabled:
             return None
         found: list[Any] = [weight, base.bias]
+        names = self.active_adapters if route is None else route.adapters
         if self._disable_adapters or self.merged_adapters:
-            return found
-        for name in self.active_adapters if route is None else route.adapters:
+            names = ()
+        for name in names:
             if name in on_layer:
                 factors = self._factors(name)
                 if factors is None:
@@ -67,11 +93,11 @@ class Linear(PeftLinear):
                 found += factors
             elif route is not None:
                 found += (None, None, 1.0)
-        return found
+        return found if beside is None or _alike(found, beside) else None
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor, float] | None:
         """A, B and the scaling of an adapter of this layer; None where only PEFT's forward computes it."""
-        modules = self._modules
+        modules: dict[str, Any] = self._modules
         lora_a, lora_b, dropout = (modules[k]._modules[name] for k in ("lora_A", "lora_B", "lora_dropout"))
         a, b, scaling = plain_weight(lora_a), plain_weight(lora_b), self.scaling[name]
         drops = dropout.training and dropout.p > 0 if type(dropout) is nn.Dropout else type(dropout) is not nn.Identity
@@ -79,26 +105,18 @@ class Linear(PeftLinear):
             return None
         if not isinstance(scaling, (int, float)):
             return None
-        return a, b, float(scaling)
+        return a, b, scaling
 
     def _output(self, x: Tensor, parts: list[Any], route: Route | None) -> Tensor:
         if route is None and len(parts) > 5:
-            return _project([self], [_joined(parts)], x, None)[0]
-        if len(self.siblings) == 1 or torch.compiler.is_compiling():
-            return _project([self], [parts], x, route)[0]
-
-        def read(member: "Linear") -> list[Any] | None:
-            if member is self:
-                return parts
-            found = member.parts(route)
-            return found if found is not None and _alike(found, parts) else None
-
-        holder = self._routes.here if route is None else route
-        return together(self, x, holder, read, lambda members, found: _project(members, found, x, route))
+            return self.product([self], [_joined(parts)], x, None)[0]
+        if torch.compiler.is_compiling():
+            return self.product([self], [parts], x, route)[0]
+        return output(self, x, self._routes.here if route is None else route, parts)
 
     def _by_names(self, x: Tensor, route: Route, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's own computation of a mixed batch, each row a sample."""
-        flat = x.reshape(-1, self.in_features)
+        flat = x.reshape(-1, x.shape[-1])
         names = route.names(flat.shape[0])
         self._check_forward_args(flat, adapter_names=names)
         live = route.over(len(names), flat.device).grad_rows
@@ -108,7 +126,7 @@ class Linear(PeftLinear):
             with torch.no_grad():
                 rest = self._mixed_batch_forward(flat[live:], *args, adapter_names=names[live:], **kwargs)
             y = torch.cat([y, rest])
-        return y.view(*x.shape[:-1], self.out_features)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
@@ -118,10 +136,9 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
 
 
 def _alike(parts: list[Any], others: list[Any]) -> bool:
-    """Whether two layers' parts can be in one op: as many adapters, and scaled alike where both have one."""
-    return len(parts) == len(others) and all(
-        a is None or b is None or s == t for a, s, b, t in zip(parts[2::3], parts[4::3], others[2::3], others[4::3])
-    )
+    """Whether two layers' parts can be in one op: as many adapters, scaled alike (one that a layer lacks: by 1)."""
+    weight, other = parts[0], others[0]
+    return weight.device == other.device and weight.dtype == other.dtype and parts[4::3] == others[4::3]
 
 
 def _joined(parts: list[Any]) -> list[Any]:
@@ -130,29 +147,6 @@ def _joined(parts: list[Any]) -> list[Any]:
     common = scaling[0] if len(set(scaling)) == 1 else 1.0
     b_list = [b if s == common else b * s for b, s in zip(b_list, scaling)]
     return [weight, bias, torch.cat(a_list), torch.cat(b_list, 1), common]
-
-
-def _project(layers: "list[Linear]", parts: list[list[Any]], x: Tensor, route: Route | None) -> list[Tensor]:
-    """The outputs of layers that share x, given the parts of each."""
-    flat = x.reshape(-1, x.shape[-1])
-    rows, n = flat.shape[0], (len(parts[0]) - 2) // 3
-    if route is None or n == 0:
-        spread = Spread(None, [0, rows, n - 1], None)
-    else:
-        spread = route.over(rows, x.device)
-    weights = [w.t() if type(layer.base_layer) is Conv1D else w for layer, (w, *_) in zip(layers, parts)]
-    lora_a, lora_b = [], []
-    scaling = [1.0] * n
-    for weight, own in zip(weights, parts):
-        for e, (a, b, s) in enumerate(zip(own[2::3], own[3::3], own[4::3])):
-            lora_a.append(flat.new_empty(0, weight.shape[1]) if a is None else a)
-            lora_b.append(flat.new_empty(weight.shape[0], 0) if b is None else b)
-            scaling[e] = scaling[e] if a is None else s
-    ys = apply(
-        flat, weights, [own[1] for own in parts], lora_a, lora_b, spread.index, spread.runs, scaling,
-        grad_rows=spread.grad_rows, order=spread.order,
-    )  # fmt: skip
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 class LoraModel(PeftLoraModel):
@@ -217,7 +211,7 @@ def plain_weight(module: nn.Module) -> Tensor | None:
 
 def reason(layer: LoraLayer) -> str | None:
     """Why PEFT's own forward serves a layer; None for one that can be accelerated."""
-    base = getattr(layer, "base_layer", None)
+    base: Any = getattr(layer, "base_layer", None)
     if type(layer) not in (PeftLinear, Linear):
         return f"PEFT's {type(layer).__name__} layer is not supported"
     if type(base) not in (nn.Linear, Conv1D):

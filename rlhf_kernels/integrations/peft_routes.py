@@ -17,6 +17,7 @@ from rlhf_kernels.nn.siblings import Pending
 from rlhf_kernels.ops.lora import Routing, build_routing
 
 BASE = "__base__"  # PEFT's word for the bypass in adapter_names
+MOST_SPREADS = 8  # lengths of batches that a route remembers: one that lives on meets new ones without end
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Spread:
 
 @dataclass(eq=False)
 class Route:
-    """A routing and the names of its adapter slots. Made once a forward, shared by all layers."""
+    """A routing and the names of its adapter slots. Made once a forward, shared by all layers (siblings.Forward)."""
 
     adapters: tuple[str, ...]
     routing: Routing
@@ -59,6 +60,8 @@ class Route:
         """The route of a layer whose input has `rows` rows, a multiple of the routing's."""
         found = self.spreads.get((rows, device))
         if found is None:
+            if len(self.spreads) == MOST_SPREADS:
+                self.spreads.clear()
             found = self.spreads[rows, device] = self._spread(rows, device)
         return found
 
@@ -80,6 +83,12 @@ class Route:
             raise ValueError(f"x has {rows} rows where the forward was routed for {known}; it must be a multiple")
         return rows // known if known else 1
 
+    def read(self, layer: Any, beside: list[Any] | None = None) -> list[Any] | None:
+        return layer.parts(self, beside)
+
+    def compute(self, layers: list[Any], read: list[list[Any]], x: Tensor) -> list[Tensor]:
+        return layers[0].product(layers, read, x, self)
+
     def names(self, rows: int) -> list[str]:
         """The name of each row's adapter: what PEFT's own forward takes. Reads an index that lies on a device."""
         spread = self.over(rows, torch.device("cpu"))
@@ -92,12 +101,19 @@ class Route:
 
 
 class Here(threading.local):
-    """What one thread's forward is at."""
+    """What one thread's forward is at; as siblings.Forward, that of a forward without a route."""
 
     current: Route | None = None
-    recomputing: bool = False  # `current` was put back by Checkpointed: None then means what it says
+    learns: bool = False  # `current` was entered with gradients on
+    kept: bool = False  # inside Checkpointed, which puts `current` back for the recomputation: None means what it says
     named: tuple[list[str], Route] | None = None  # the last adapter_names and their route
     pending: Pending | None = None  # of a forward without a route
+
+    def read(self, layer: Any, beside: list[Any] | None = None) -> list[Any] | None:
+        return layer.parts(None, beside)
+
+    def compute(self, layers: list[Any], read: list[list[Any]], x: Tensor) -> list[Tensor]:
+        return layers[0].product(layers, read, x, None)
 
 
 class Routes:
@@ -105,23 +121,22 @@ class Routes:
 
     def __init__(self) -> None:
         self.here = Here()
-        self.routed = False  # some forward was routed that a backward may recompute
+        self.suspect = False  # a routed forward looked as if something else than Checkpointed would recompute it
 
     def __reduce__(self) -> tuple[type["Routes"], tuple[()]]:
         return Routes, ()  # a copy starts with no forward running, or to recompute
 
     @contextmanager
-    def use(self, route: Route | None, recomputing: bool = False) -> Iterator[None]:
+    def use(self, route: Route | None, kept: bool = False) -> Iterator[None]:
         """Nothing pending on the way in, nor kept on the way out: what a projection computed ahead ends here."""
         here = self.here
-        before = here.current, here.recomputing
-        here.current, here.recomputing = route, recomputing
-        self.routed |= route is not None
+        before = here.current, here.learns, here.kept
+        here.current, here.learns, here.kept = route, torch.is_grad_enabled(), kept
         self._forget(route)
         try:
             yield
         finally:
-            here.current, here.recomputing = before
+            here.current, here.learns, here.kept = before
             self._forget(route)
 
     def _forget(self, route: Route | None) -> None:
@@ -134,19 +149,29 @@ class Routes:
         named = self.here.named
         if named is None or named[0] != names:
             named = self.here.named = list(names), Route.of_names(names)
-        self.routed |= torch.is_grad_enabled()
+        self.suspect |= _tensors_are_packed()
         return named[1]
 
     def running(self) -> Route | None:
         """This forward's; RuntimeError where a recomputation has lost it."""
         here = self.here
-        lost = here.current is None and self.routed and not here.recomputing
-        if lost and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if here.kept or torch.compiler.is_compiling():
+            return here.current
+        if here.current is not None:
+            self.suspect |= here.learns and (_tensors_are_packed() or not torch.is_grad_enabled())
+        elif self.suspect and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "a checkpointed layer is recomputed without the route of its forward: enable checkpointing with the "
                 "model's gradient_checkpointing_enable before the routed forward, not by other means"
             )
         return here.current
+
+
+def _tensors_are_packed() -> bool:
+    """Whether what autograd saves goes through a hook now, as under torch's checkpoint (and under save_on_cpu)."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 class Checkpointed:
@@ -160,7 +185,7 @@ class Checkpointed:
         route = self.routes.here.current
 
         def rerouted(*inputs: Any, **named: Any) -> Any:
-            with self.routes.use(route, recomputing=True):
+            with self.routes.use(route, kept=True):
                 return function(*inputs, **named)
 
         return self.run(rerouted, *args, **kwargs)

@@ -24,6 +24,7 @@ from rlhf_kernels.nn.lora import (
     checkpoint_layers,
     detach_adapter,
     lora_layers,
+    match_layers,
 )
 from rlhf_kernels.nn.roles import HydraOutput, Role, default_roles
 from rlhf_kernels.nn.routes import AdapterRoutes
@@ -199,6 +200,9 @@ class HydraModel(nn.Module):
         if name in self.adapters:
             raise ValueError(f"adapters: {name!r} is there already; delete it first or choose another name")
         attach_adapters(self.decoder(where), {name: spec}, self.target_modules, self.fuse)
+        for other, decoder in self.decoders():
+            if other != where and other not in self.trainable_bases:  # an untrained actor is its separate reference
+                match_layers(decoder, self.decoder(where), self.fuse)
 
     def delete_adapter(self, name: str) -> None:
         """Forgets an adapter; roles that name it raise ValueError until one of that name is added."""

@@ -56,7 +56,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.transposed = not isinstance(base, nn.Linear)
         self.weight = base.weight
-        self.bias = base.bias
+        self.register_parameter("bias", base.bias)
         sizes = tuple(base.weight.shape)
         self.out_features, self.in_features = reversed(sizes) if self.transposed else sizes
         self.nf = self.out_features  # Conv1D's name for it, which GPT-2's code may read
@@ -88,8 +88,12 @@ class LoRALinear(nn.Module):
 
     def tensors(self, names: Sequence[str]) -> list[Tensor | None]:
         """[weight, bias, A, B, A, B, ...] of the adapters named, None for one that is not on this layer."""
-        found: list[Tensor | None] = [self.weight, self.bias]
-        lora_a, lora_b = self.lora_A._parameters, self.lora_B._parameters
+        own, parts = self._parameters, self._modules  # not by attribute: this is most of a decode step's Python
+        if len(own) == 2:
+            found: list[Tensor | None] = [own["weight"], own["bias"]]
+        else:  # parametrised, or sharded by something that keeps a plain tensor in a parameter's place
+            found = [self.weight, self.bias]
+        lora_a, lora_b = cast(nn.Module, parts["lora_A"])._parameters, cast(nn.Module, parts["lora_B"])._parameters
         for name in names:
             found += (lora_a.get(name), lora_b.get(name))
         return found
@@ -121,15 +125,29 @@ def attach_adapters(
         if not isinstance(spec, LoraSpec):
             raise TypeError(f"adapters[{name!r}] is a {type(spec).__name__}; it must be a LoraSpec")
         for path in targeted(model, spec.target_modules or target_modules):
-            module = model.get_submodule(path)
-            if not isinstance(module, LoRALinear):
-                module = LoRALinear(module, routes)
-                parent, _, child = path.rpartition(".")
-                setattr(model.get_submodule(parent), child, module)
-            module.add_adapter(name, spec)
+            _adaptable(model, path, routes).add_adapter(name, spec)
         routes.specs[name] = spec
     group_siblings(model, fuse)
     return routes
+
+
+def match_layers(model: "PreTrainedModel", other: "PreTrainedModel", fuse: bool = True) -> None:
+    """LoRALinears, without adapters, wherever `other` has them, so that equal weights give equal bits in both."""
+    linears = set(decoder_linears(model))
+    for path in lora_layers(other):
+        if path in linears:
+            _adaptable(model, path, adapter_routes(model))
+    group_siblings(model, fuse)
+
+
+def _adaptable(model: nn.Module, path: str, routes: AdapterRoutes) -> LoRALinear:
+    """The LoRALinear at a path, put in the place of a Linear if need be."""
+    module = model.get_submodule(path)
+    if not isinstance(module, LoRALinear):
+        module = LoRALinear(module, routes)
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+    return module
 
 
 def detach_adapter(model: "PreTrainedModel", name: str) -> None:

@@ -8,15 +8,16 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rlhf_kernels.nn.siblings import Pending, project
 from rlhf_kernels.ops.lora import Routing
 
 if TYPE_CHECKING:
-    from rlhf_kernels.nn.lora import LoraSpec
-    from rlhf_kernels.nn.siblings import Pending
+    from rlhf_kernels.nn.lora import LoRALinear, LoraSpec
 
 
 @dataclass
@@ -27,7 +28,18 @@ class Running:
     names: list[str]  # the adapters as `runs` and the routing's index count them
     scaling: list[float]  # of each of `names`
     runs: list[int] | None  # over `names`, which are those that rows use; None: the index says it, over all adapters
-    pending: "Pending | None" = None  # what one projection has computed ahead for its siblings
+    pending: Pending | None = None  # what one projection has computed ahead for its siblings
+
+    def read(self, layer: "LoRALinear", beside: list[Any] | None = None) -> list[Any] | None:
+        """layer.tensors; None for one whose weight is of another kind than those `beside`."""
+        found = layer.tensors(self.names)
+        if beside is None:
+            return found
+        weight, mine = cast(Tensor, found[0]), beside[0]
+        return found if weight.device == mine.device and weight.dtype == mine.dtype else None
+
+    def compute(self, layers: "list[LoRALinear]", read: list[list[Any]], x: Tensor) -> list[Tensor]:
+        return project(layers, read, x, self)
 
 
 @dataclass

@@ -7,8 +7,9 @@ from, unchanged, so that a sibling called with another tensor, twice or never is
 torch.compile traces, which cannot ask what has changed, each is computed by itself.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -30,24 +31,16 @@ SIBLINGS = (
 )
 
 
-@dataclass
+@dataclass(slots=True)
 class Ahead:
-    """An output computed ahead, and the parameters and numbers it was computed from."""
+    """An output computed ahead, and the parameters it was computed from."""
 
     y: Tensor
-    parameters: list[Any]
+    tensors: list[Any]  # Forward.read
     versions: list[int]
 
-    def of(self, parameters: list[Any]) -> bool:
-        """Whether it would be computed from the same now."""
-        return (
-            len(parameters) == len(self.parameters)
-            and all(p is q or (type(p) is float and p == q) for p, q in zip(parameters, self.parameters))
-            and _versions(parameters) == self.versions
-        )
 
-
-@dataclass
+@dataclass(slots=True)
 class Pending:
     """The outputs that siblings have not taken yet, and the tensor they were computed from."""
 
@@ -55,83 +48,64 @@ class Pending:
     state: tuple[object, ...]
     outputs: dict[Any, Ahead]
 
-    def of(self, x: Tensor) -> bool:
-        return self.x is x and self.state == _state(x)
+
+class Forward(Protocol):
+    """A forward that is under way, of layers that have `siblings`: LoRALinears or others."""
+
+    pending: Pending | None
+
+    def read(self, layer: Any, beside: list[Any] | None = None) -> list[Any] | None:
+        """All that an output depends on beside x, as objects that stay the same while nothing changes; None where it
+        cannot be computed together with what was read as `beside`.
+        """
+
+    def compute(self, layers: list[Any], read: list[list[Any]], x: Tensor) -> list[Tensor]:
+        """The outputs of layers that share x."""
 
 
-class Sibling(Protocol):
-    """A layer that may be computed with others of its module."""
-
-    siblings: list[Any]  # in calling order, itself among them
-
-
-class Holder(Protocol):
-    """Where a forward keeps what siblings have not taken yet."""
-
-    pending: "Pending | None"
-
-
-def group_siblings(model: nn.Module, fuse: bool = True, kind: type[nn.Module] | None = None) -> None:
+def group_siblings(model: nn.Module, fuse: bool = True, kind: type[Any] | None = None) -> None:
     """Tells every LoRALinear (or `kind`) of `model` its siblings, itself among them; with `fuse` off it is alone."""
     from rlhf_kernels.nn.lora import LoRALinear
 
     kind = kind or LoRALinear
-    for module in model.modules():
-        if isinstance(module, kind):
-            cast(Sibling, module).siblings = [module]
-    if not fuse:
-        return
     for parent in model.modules():
         for names in SIBLINGS:
-            found: list[Any] = [layer for name in names if isinstance(layer := getattr(parent, name, None), kind)]
-            if len({layer.in_features for layer in found}) == 1:
-                for layer in found:
-                    layer.siblings = found
+            found = [layer for name in names if isinstance(layer := getattr(parent, name, None), kind)]
+            alike = len({(layer.in_features, layer.transposed) for layer in found}) == 1
+            for layer in found:
+                layer.siblings = found if fuse and alike else [layer]
 
 
-def output(layer: "LoRALinear", x: Tensor, running: "Running") -> Tensor:
-    """layer(x): what a sibling computed ahead, or computed together with the siblings that come after it."""
-    return together(
-        layer, x, running,
-        lambda member: member.tensors(running.names),
-        lambda members, read: project(members, read, x, running),
-    )  # fmt: skip
-
-
-def together(
-    layer: Any,
-    x: Tensor,
-    holder: Holder,
-    read: Callable[[Any], list[Any] | None],
-    compute: Callable[[list[Any], list[list[Any]]], list[Tensor]],
-) -> Tensor:
-    """`output` for any layers: `read(member)` gives all that its output depends on beside x, its weight first and None
-    if it cannot be computed with the others; `compute(members, read)` gives the outputs.
+def output(layer: Any, x: Tensor, running: Forward, own: list[Any] | None = None) -> Tensor:
+    """layer(x): what a sibling computed ahead, or computed together with the siblings that come after it. `own` is what
+    running.read(layer) gives, where it is known.
     """
-    pending, own = holder.pending, read(layer)
-    assert own is not None
-    again = pending is not None and pending.of(x)
-    if pending is not None and layer in pending.outputs:
-        if again:
-            ahead = pending.outputs.pop(layer)
-            if not pending.outputs:
-                holder.pending = None
-            if ahead.of(own):
-                return ahead.y
-        else:  # its name misled: it reads another tensor, as in cross-attention
-            for member in list(layer.siblings):
-                member.siblings = [member]
-    members, parts = [layer], [own]
-    if not again and not x.is_inference():  # a second call goes alone, and what does not tell that it was written to
-        for other in layer.siblings[layer.siblings.index(layer) + 1 :]:
-            found = read(other)
-            if found is not None and found[0].device == own[0].device and found[0].dtype == own[0].dtype:
+    if own is None:
+        own = cast(list[Any], running.read(layer))
+    siblings = layer.siblings
+    if len(siblings) == 1 or x.is_inference():  # inference_mode's tensors do not tell when they are written to
+        return running.compute([layer], [own], x)[0]
+    pending, state = running.pending, _state(x)
+    members, tensors = [layer], [own]
+    if pending is not None and pending.x is x and pending.state == state:
+        ahead = pending.outputs.pop(layer, None)
+        if not pending.outputs:
+            running.pending = None
+        if ahead is not None and all(map(is_, own, ahead.tensors)) and _versions(own) == ahead.versions:
+            return ahead.y
+    elif pending is not None and layer in pending.outputs:  # its name misled: it reads another tensor, as in
+        for member in list(siblings):  # cross-attention
+            member.siblings = [member]
+    else:
+        for other in siblings[siblings.index(layer) + 1 :]:
+            found = running.read(other, own)
+            if found is not None:
                 members.append(other)
-                parts.append(found)
-    ys = compute(members, parts)
+                tensors.append(found)
+    ys = running.compute(members, tensors, x)
     if len(members) > 1:
-        ready = {m: Ahead(y, part, _versions(part)) for m, y, part in zip(members[1:], ys[1:], parts[1:])}
-        holder.pending = Pending(x, _state(x), ready)
+        ready = {m: Ahead(y, t, _versions(t)) for m, y, t in zip(members[1:], ys[1:], tensors[1:])}
+        running.pending = Pending(x, state, ready)
     return ys[0]
 
 
@@ -139,9 +113,12 @@ def project(
     layers: "Sequence[LoRALinear]", tensors: Sequence[list[Tensor | None]], x: Tensor, running: "Running | None"
 ) -> list[Tensor]:
     """[layer(x) for layer in layers] by one op, given each one's `tensors`; with no forward running, the base alone."""
-    flat = x.reshape(-1, layers[0].in_features)
+    shape = x.shape
+    flat = x if len(shape) == 2 else x.reshape(-1, layers[0].in_features)
     rows = flat.shape[0]
-    weights = [layer.weight.t() if layer.transposed else layer.weight for layer in layers]
+    weights = [cast(Tensor, own[0]) for own in tensors]
+    if layers[0].transposed:
+        weights = [weight.t() for weight in weights]
     biases = [own[1] for own in tensors]
     if running is None:
         ys = apply(flat, weights, biases, [], [], None, [0, rows, -1], [])
@@ -159,7 +136,7 @@ def project(
             flat, weights, biases, lora_a, lora_b, routing.index if running.runs is None else None, running.runs,
             running.scaling, grad_rows=routing.grad_rows, order=routing.order,
         )  # fmt: skip
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+    return ys if flat is x else [y.view(*shape[:-1], y.shape[-1]) for y in ys]
 
 
 def _state(x: Tensor) -> tuple[object, ...]:
@@ -168,5 +145,5 @@ def _state(x: Tensor) -> tuple[object, ...]:
     return x._version, torch.is_grad_enabled(), autocast
 
 
-def _versions(parameters: Sequence[Any]) -> list[int]:
-    return [t._version if isinstance(t, Tensor) and not t.is_inference() else -1 for t in parameters]
+def _versions(read: Sequence[Any]) -> list[int]:
+    return [t._version if isinstance(t, Tensor) and not t.is_inference() else -1 for t in read]
