@@ -20,8 +20,8 @@ from rlhf_kernels.ops.lora import Routing
 
 FROZEN_BLOCK = "frozen block"
 OURS_LOW = f"{OURS}, bf16 adapters"
-ACCELERATED = "PEFT + rlhf_kernels accelerate()"
-ROUTED = f"{ACCELERATED} and route()"
+ACCELERATED = "PEFT + accelerate()"
+ROUTED = "PEFT + accelerate(), route()"
 PEFT = "PEFT"
 PEFT_LOW = "PEFT, bf16 adapters"
 ACTOR, CRITIC = "actor", "critic"
@@ -210,7 +210,7 @@ def peft_routed(inputs: BlockInputs) -> Step:
     accelerate, route = (attribute("rlhf_kernels.integrations.peft", name) for name in ("accelerate", "route"))
     adapters, routing = inputs.block.adapters, inputs.routing()
     if len(adapters) == 1:
-        raise Unavailable("one adapter: nothing to route")
+        raise Unavailable("one adapter")
     model, parameters = peft_model(inputs)
     accelerate(model)
     inside = forward_of(model.base_model.model.layers[0], inputs.positions)
