@@ -461,3 +461,15 @@ def test_models_built_from_one_config_keep_their_own_attention():
     assert first.config._attn_implementation != second.config._attn_implementation
     assert second(torch.arange(5)[None]).logits.shape == (1, 5, 131)
     assert copy.deepcopy(first.config)._attn_implementation == "rlhf_kernels_packed"
+
+
+def test_frozen_bases_compute_the_layers_that_another_ones_adapters_are_on_as_it_does():
+    bases = {name: build("llama") for name in ("actor", "reference", "critic")}
+    spec = LoraSpec(r=2, target_modules=("q_proj", "v_proj"))
+    model = HydraModel(bases, {"actor": spec}, train_base=["critic"], fuse=False)
+    layers = {name: lora_layers(base) for name, base in model.bases.items()}
+    assert list(layers["reference"]) == list(layers["actor"])
+    assert len(layers["actor"]) == 4
+    assert not layers["critic"]
+    assert all(layer.siblings == [layer] for layer in layers["actor"].values())
+    assert set(bases["reference"].state_dict()) == set(build("llama").state_dict())

@@ -1,7 +1,6 @@
 """Projections that read one tensor are computed together, and nothing but the number of ops tells."""
 
 import copy
-import gc
 import threading
 import weakref
 
@@ -126,7 +125,6 @@ def test_an_output_is_right_however_its_siblings_are_called_and_none_outlives_th
             torch.testing.assert_close(y, getattr(layer, name)(value.clone()))
     alive = [weakref.ref(t) for t in (*inputs, *got, *again)]
     del x, other, inputs, got, again, value, y
-    gc.collect()
     assert [ref() for ref in alive] == [None] * len(alive)
 
 
@@ -285,6 +283,14 @@ def test_groups_follow_attaching_deleting_and_copying(ops):
     assert ops == [3, 1, 2, 1] * 2
     attach_adapters(model, {"c": LoraSpec(r=2)}, fuse=False)
     assert layer.k_proj.siblings == [layer.k_proj]
+
+
+def test_a_model_compiles_whole():
+    model, routes = adapted()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with routes.use(Routing.from_runs(RUNS, 2)):
+        want = model(IDS, use_cache=False).logits
+        assert distance(compiled(IDS, use_cache=False).logits, want) < 1e-5
 
 
 @pytest.mark.parametrize("fuse", [True, False], ids=["fused", "apart"])
