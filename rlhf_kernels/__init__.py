@@ -7,13 +7,14 @@ if TYPE_CHECKING:
     from rlhf_kernels.ops.advantage import gae, masked_whiten
     from rlhf_kernels.ops.attention import sliced_attention, varlen_attention
     from rlhf_kernels.ops.logprob import LinearLogprobOutput, LogprobOutput, linear_logprob, logprob
-    from rlhf_kernels.ops.lora import Routing, build_routing, lora_linear
+    from rlhf_kernels.ops.lora import Routing, build_routing, lora_linear, lora_linears
     from rlhf_kernels.ops.sampling import sample
 
 __version__ = "0.1.0"
 
 _HOME = {
     "lora_linear": "ops.lora",
+    "lora_linears": "ops.lora",
     "build_routing": "ops.lora",
     "Routing": "ops.lora",
     "linear_logprob": "ops.logprob",
@@ -36,6 +37,7 @@ __all__ = [
     "linear_logprob",
     "logprob",
     "lora_linear",
+    "lora_linears",
     "masked_whiten",
     "sample",
     "sliced_attention",

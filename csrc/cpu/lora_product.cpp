@@ -22,10 +22,15 @@ using operand::kStepWords;
 using operand::kTile;
 using operand::kTileSums;
 
-constexpr int64_t kStepsAtOnce = 10;                // of depth: both operands' chunks lie in the first-level cache
-constexpr int64_t kPanelBytes = 640 << 10;          // of packed columns held at a time, in the second-level cache
+constexpr int64_t kStepsAtOnce = 11;                // of depth: both operands' chunks lie in the first-level cache
+constexpr int64_t kPanelBytes = 512 << 10;          // of packed columns held at a time, in the second-level cache
 constexpr int64_t kMostPanels = 10;
 constexpr int64_t kLeftBytes = int64_t(16) << 20;   // of packed rows held at a time
+
+// To the second-level cache; may lie behind the end.
+void prefetch(const uint32_t* p, int64_t words) {
+  for (int64_t i = 0; i < words; i += 16) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
+}
 
 // Positions [first, first + rows) of the job, packed.
 struct Block {
@@ -153,7 +158,17 @@ void prepare(const Block& block) {
   });
 }
 
-// Rows [lo, hi) of tiles beside each other, with a bias, to where the rows belong.
+// Where store_rows will write, for ownership of its cache lines.
+template <typename E>
+void fetch_rows(const Block& block, const Output& out, int64_t tile, int64_t column, int64_t count) {
+  for (int64_t i = tile * kTile; i < std::min(block.rows, (tile + 1) * kTile); ++i) {
+    auto* to = static_cast<typename E::type*>(out.data) + block.job.rows->row(block.first + i) * out.stride + column;
+    const auto* end = reinterpret_cast<const char*>(to + count);
+    for (const char* p = reinterpret_cast<const char*>(to); p < end; p += 64) __builtin_prefetch(p, 1, 3);
+  }
+}
+
+// Rows of tiles beside each other, with a bias, to where the rows belong.
 template <typename E>
 void store_rows(const Block& block, const Output& out, const float (*sums)[kTileSums], int64_t tile, int64_t column,
                 int64_t count, const float* bias) {
@@ -162,11 +177,19 @@ void store_rows(const Block& block, const Output& out, const float (*sums)[kTile
     for (int64_t i = lo; i < hi; ++i) {
       const int64_t row = block.job.rows->row(block.first + tile * kTile + i);
       auto* to = static_cast<typename E::type*>(out.data) + row * out.stride + column;
-      for (int64_t at = 0; at < count; at += 16) {
-        __m512 x = _mm512_loadu_ps(sums[at / kTile] + i * kTile + at % kTile);
-        if (bias != nullptr) x = _mm512_add_ps(x, _mm512_loadu_ps(bias + at));
-        if (adapter == kOutside) x = nan;
-        E::store(to + at, operand::first16(count - at), x);
+      for (int64_t at = 0; at < count; at += kTile) {
+        const float* from = sums[at / kTile] + i * kTile;
+        __m512 low = _mm512_load_ps(from), high = _mm512_load_ps(from + 16);
+        if (bias != nullptr) {
+          low = _mm512_add_ps(low, _mm512_load_ps(bias + at)), high = _mm512_add_ps(high, _mm512_load_ps(bias + at + 16));
+        }
+        if (adapter == kOutside) low = high = nan;
+        if (count - at >= kTile) {
+          E::store(to + at, low, high);
+        } else {
+          E::store(to + at, operand::first16(count - at), low);
+          E::store(to + at + 16, operand::first16(count - at - 16), high);
+        }
       }
     }
   });
@@ -230,12 +253,18 @@ class Region {
 
   void base(int64_t tile) {
     bool add = false;
+    operand::with_element(product_.out.type, [&](auto element) {
+      fetch_rows<decltype(element)>(block_, product_.out, tile, first_ * kTile, width());
+    });
     for (size_t t = 0; t < product_.terms.size(); ++t) {
       const int64_t which = product_.terms[t].left, steps = block_.steps[which];
       const uint32_t *left = block_.left(which, tile), *right = packed_ + panels_[t] * count_;
-      for (int64_t s = 0; s < steps; s += kStepsAtOnce) {
-        const int64_t n = std::min(kStepsAtOnce, steps - s);
+      const int64_t chunks = (steps + kStepsAtOnce - 1) / kStepsAtOnce;
+      for (int64_t c = 0; c < chunks; ++c) {
+        const int64_t s = steps * c / chunks, n = steps * (c + 1) / chunks - s;
+        const int64_t share = (n * kStep + count_ - 1) / count_;
         for (int64_t j = 0; j < count_; ++j) {
+          prefetch(left + (s + n) * kStep + j * share, share);  // the next chunk, from the third level
           block_.job.unit->multiply(left + s * kStep, right + (j * steps + s) * kStep, n, sums_[j], add);
         }
         add = true;

@@ -52,6 +52,10 @@ struct Element<Type::single> {
   using type = float;
   LANES __m512 load(const float* p, __mmask16 m) { return _mm512_maskz_loadu_ps(m, p); }
   LANES void store(float* p, __mmask16 m, __m512 x) { _mm512_mask_storeu_ps(p, m, x); }
+  LANES void store(float* p, __m512 low, __m512 high) {
+    _mm512_storeu_ps(p, low);
+    _mm512_storeu_ps(p + 16, high);
+  }
 };
 
 template <>
@@ -63,14 +67,22 @@ struct Element<Type::bf16> {
   LANES void store(uint16_t* p, __mmask16 m, __m512 x) {
     _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(x));
   }
+  LANES void store(uint16_t* p, __m512 low, __m512 high) {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  }
 };
 
 template <>
 struct Element<Type::half> {
+  static constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   using type = uint16_t;
   LANES __m512 load(const uint16_t* p, __mmask16 m) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p)); }
   LANES void store(uint16_t* p, __mmask16 m, __m512 x) {
-    _mm256_mask_storeu_epi16(p, m, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_mask_storeu_epi16(p, m, _mm512_cvtps_ph(x, kNearest));
+  }
+  LANES void store(uint16_t* p, __m512 low, __m512 high) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(low, kNearest));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), _mm512_cvtps_ph(high, kNearest));
   }
 };
 
@@ -166,6 +178,28 @@ inline void pack_left(const Matrix& m, int64_t first, int64_t from, int64_t dept
   }
 }
 
+// Sixteen lines at a time are too many streams for the hardware, and lines across the depth are none.
+constexpr int64_t kBytesAhead = 512;  // along a line
+constexpr int64_t kAhead = 8;         // words of depth
+
+// Calls for word q of depth of lines that lie across it.
+template <int64_t kPer, typename E>
+LANES void fetch(const Lines<E>& lines, int64_t q, int64_t first, int64_t count) {
+  for (int64_t k = q * kPer; k < std::min((q + 1) * kPer, lines.depth); ++k) {
+    const auto* from = reinterpret_cast<const char*>(lines.line(lines.from + k) + first);
+    for (int64_t at = 0; at < count * int64_t(sizeof(typename E::type)); at += 64) _mm_prefetch(from + at, _MM_HINT_T0);
+  }
+}
+
+// 32 pairs of bf16.
+LANES void interleave(const uint16_t* even, const uint16_t* odd, uint32_t* out) {
+  const __m512i pick = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                        5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, pick, b));
+  _mm512_storeu_si512(out + 16, _mm512_permutex2var_epi16(a, _mm512_or_si512(pick, _mm512_set1_epi16(16)), b));
+}
+
 // B operand: rows [first, first + count), which become columns, as [count / 32][steps * 16 words][32].
 template <bool kPairs, typename E>
 inline void pack_right(const Matrix& m, int64_t first, int64_t count, int64_t from, int64_t depth, uint32_t* out) {
@@ -182,7 +216,10 @@ inline void pack_right(const Matrix& m, int64_t first, int64_t count, int64_t fr
         const int64_t k = s * kStepWords * kPer;
         __m512i r[16];
 #pragma GCC unroll 16
-        for (int64_t i = 0; i < 16; ++i) r[i] = along<kPairs, E>(line[i] + k, i < left ? depth - k : 0);
+        for (int64_t i = 0; i < 16; ++i) {
+          r[i] = along<kPairs, E>(line[i] + k, i < left ? depth - k : 0);
+          _mm_prefetch(reinterpret_cast<const char*>(line[i] + k) + kBytesAhead, _MM_HINT_T1);
+        }
         lanes::transpose(r);
 #pragma GCC unroll 16
         for (int64_t q = 0; q < 16; ++q) _mm512_storeu_si512(to + (s * kStepWords + q) * kTile, r[q]);
@@ -192,11 +229,20 @@ inline void pack_right(const Matrix& m, int64_t first, int64_t count, int64_t fr
   }
   for (int64_t q = 0; q < n * kStepWords; ++q) {
     const auto *even = lines.at_depth(q * kPer), *odd = kPairs ? lines.at_depth(q * kPer + 1) : nullptr;
+    fetch<kPer>(lines, q + kAhead, first, count);
     for (int64_t half = 0; half < tiles(count) * kTile; half += 16) {
       const int64_t at = first + half;
+      uint32_t* to = out + half / kTile * panel + q * kTile + half % kTile;
+      if constexpr (kPairs && std::is_same_v<E, Element<Type::bf16>>) {
+        if (odd != nullptr && half + kTile <= count) {
+          interleave(even + at, odd + at, to);
+          half += 16;
+          continue;
+        }
+      }
       const __m512i word = across<kPairs, E>(even == nullptr ? nullptr : even + at, odd == nullptr ? nullptr : odd + at,
                                              first16(count - half));
-      _mm512_storeu_si512(out + half / kTile * panel + q * kTile + half % kTile, word);
+      _mm512_storeu_si512(to, word);
     }
   }
 }

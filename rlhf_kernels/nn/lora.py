@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_kernels.ops.lora import Routing
-from rlhf_kernels.ops.lora.api import apply
+from rlhf_kernels.ops.lora.autograd import apply
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,7 +123,7 @@ class LoRALinear(nn.Module):
         flat = x.reshape(-1, self.in_features)
         if flat.shape[0] != routing.rows:
             raise ValueError(f"x has {flat.shape[0]} rows where the forward was routed for {routing.rows}")
-        names, runs, index = list(self.routes.specs), routing.runs, routing.index
+        names, runs, index = list(self.routes.specs), routing.host_runs(), routing.index
         if runs is not None:
             index = None
             used = sorted({e for e in runs[2::3] if e >= 0 and names[e] in self.lora_A})
@@ -131,13 +131,13 @@ class LoRALinear(nn.Module):
                 return F.linear(x, weight, self.bias)
             slot = {e: i for i, e in enumerate(used)}
             names = [names[e] for e in used]
-            runs = tuple(slot.get(v, -1) if i % 3 == 2 else v for i, v in enumerate(runs))
+            runs = [slot.get(v, -1) if i % 3 == 2 else v for i, v in enumerate(runs)]
         lora_a = [self.lora_A[n] if n in self.lora_A else weight.new_empty(0, self.in_features) for n in names]
         lora_b = [self.lora_B[n] if n in self.lora_B else weight.new_empty(self.out_features, 0) for n in names]
         scaling = [self.routes.specs[n].scaling for n in names]
-        y = apply(
-            flat, weight, self.bias, lora_a, lora_b, index, None if runs is None else list(runs), scaling,
-            grad_rows=routing.grad_rows,
+        (y,) = apply(
+            flat, [weight], [self.bias], lora_a, lora_b, index, runs, scaling,
+            grad_rows=routing.grad_rows, order=routing.order,
         )  # fmt: skip
         return y.view(*x.shape[:-1], self.out_features)
 

@@ -8,7 +8,7 @@ import importlib.util
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
@@ -33,14 +33,21 @@ def choose(op: str, tensor: torch.Tensor) -> Backend:
 
 def chosen(op: str, device: str, dtype: torch.dtype) -> Backend:
     """The same for a kind of device and a dtype."""
-    place = (device, dtype)
-    asked = os.environ.get("RLHF_KERNELS_BACKEND")
-    if asked and asked not in PREFERENCE:
-        raise ValueError(f"RLHF_KERNELS_BACKEND is {asked!r}; it must be one of {', '.join(PREFERENCE)}")
+    place, one = (device, dtype), asked()
     for backend in PREFERENCE:
-        if backend == "naive" or (asked in (None, "", backend) and place in _served.get((op, backend), ())):
+        if backend == "naive" or (one in (None, backend) and place in _served.get((op, backend), ())):
             return backend
     return "naive"
+
+
+def asked() -> Backend | None:
+    """The backend that RLHF_KERNELS_BACKEND asks for, if any."""
+    name = os.environ.get("RLHF_KERNELS_BACKEND")
+    if not name:
+        return None
+    if name not in PREFERENCE:
+        raise ValueError(f"RLHF_KERNELS_BACKEND is {name!r}; it must be one of {', '.join(PREFERENCE)}")
+    return cast(Backend, name)
 
 
 def checks_values(tensor: torch.Tensor) -> bool:

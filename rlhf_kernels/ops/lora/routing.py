@@ -1,16 +1,20 @@
-"""Which adapter each row uses: a tensor of the batch, and on the host, where it is known, the list of contiguous runs.
+"""Which adapter each row uses: a tensor of the batch, or, where the host knows it, the list of contiguous runs.
 
 Rows of one adapter usually lie together (one role after another), so a batch is a few runs `(start, end, adapter)`; a
 run is a slice, and a slice of a GEMM's output can be accumulated in place without gathering a row.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels.ops.registry import checks_values
+
+MANY_ADAPTERS = 8  # above it a device's rows are taken by adapter rather than each row past every adapter
+SHORT_INDEX = 64  # entries up to which a Python loop finds the runs faster than tensor ops do
 
 
 @dataclass(frozen=True)
@@ -19,9 +23,13 @@ class Routing:
 
     adapters: int  # n, the number of adapter slots the index refers to
     rows: int  # entries of the index; a layer may have a multiple of it as rows (an index [B] for x [B, T, K])
-    index: Tensor | None = None  # int [rows], the caller's own tensor: overwriting it in place re-routes (CUDA graphs)
-    runs: tuple[int, ...] | None = None  # start, end, adapter, start, end, adapter, ... over [0, rows); -1 is bypass
+    index: Tensor | None = None  # int [rows], the caller's own tensor: overwriting it in place re-routes, at once
+    runs: tuple[int, ...] | None = None  # instead of an index: start, end, adapter, start, ... over all rows; -1 bypass
     grad_rows: int | None = None  # only the first grad_rows entries need gradients
+    order: Tensor | None = (
+        None  # int64 [rows]: rows sorted by adapter, made on the device; a stale one costs only speed
+    )
+    _read: dict[str, object] = field(default_factory=dict, repr=False, compare=False)  # what host_runs last saw
 
     @classmethod
     def from_runs(cls, runs: Iterable[tuple[int, int, int]], adapters: int, grad_rows: int | None = None) -> "Routing":
@@ -33,43 +41,87 @@ class Routing:
             flat += (start, end, adapter)
         return cls(adapters, flat[-2] if flat else 0, runs=tuple(flat), grad_rows=grad_rows)
 
+    def host_runs(self) -> list[int] | None:
+        """The runs as of now, where the host may know them: not of a device's index, nor while torch.compile traces."""
+        if self.runs is not None:
+            return list(self.runs)
+        index = self.index
+        if index is None or index.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        seen = self._read.get("index")
+        if seen is None or not torch.equal(seen, index):  # type: ignore[arg-type]
+            self._read["runs"] = host_runs(index, self.adapters)
+            self._read["index"] = index.clone()
+        return self._read["runs"]  # type: ignore[return-value]
+
 
 def build_routing(adapter_index: Tensor, n: int) -> Routing:
     """The routing of an int tensor of adapters (-1: bypass) over `n` adapter slots.
 
-    On the CPU the index is checked (IndexError outside [-1, n)) and cut into contiguous runs; on other devices it is
-    taken as it is, with no synchronisation, unless RLHF_KERNELS_CHECK=1.
+    The tensor itself is kept: overwritten in place, it re-routes the next call (and a replayed CUDA graph). On the CPU
+    it is checked (IndexError outside [-1, n)), now and in every call; on other devices it is taken as it is, with no
+    synchronisation, unless RLHF_KERNELS_CHECK=1.
     """
-    if not isinstance(adapter_index, Tensor) or adapter_index.is_floating_point() or adapter_index.dtype == torch.bool:
+    if not isinstance(adapter_index, Tensor) or not is_index(adapter_index):
         kind = adapter_index.dtype if isinstance(adapter_index, Tensor) else type(adapter_index).__name__
         raise TypeError(f"adapter_index is {kind}; it must be an int tensor")
-    if not isinstance(n, int) or n < 0:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
         raise ValueError(f"n is {n!r}; it must be the number of adapters, an int >= 0")
-    index = adapter_index.reshape(-1)
+    index = adapter_index.view(-1) if adapter_index.is_contiguous() else adapter_index.reshape(-1)
     if checks_values(index):
         check_index(index, n)
-    runs = contiguous_runs(index, n) if index.device.type == "cpu" else None
-    return Routing(n, index.numel(), index=index, runs=runs)
+    sorts = index.device.type != "cpu" and n > MANY_ADAPTERS
+    return Routing(n, index.numel(), index=index, order=index.argsort(stable=True) if sorts else None)
+
+
+def triples(runs: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(start, end, adapter) of every run."""
+    return zip(runs[0::3], runs[1::3], runs[2::3])
+
+
+def is_index(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
 def check_index(index: Tensor, n: int) -> None:
     if index.numel():
         low, high = (int(v) for v in index.aminmax())
-        if low < -1 or high >= n:
-            raise IndexError(
-                f"adapter_index holds {low if low < -1 else high}; with {n} adapters it must lie in [-1, {n - 1}]"
-            )
+        _check_range(low, high, n)
 
 
-def contiguous_runs(index: Tensor, n: int) -> tuple[int, ...] | None:
-    """The runs of a CPU index, or None where rows are so scattered that gathering by adapter is the better way."""
-    if index.numel() == 0:
-        return ()
-    adapters, counts = torch.unique_consecutive(index, return_counts=True)
-    if len(adapters) > max(8, 4 * n):
+def _check_range(low: int, high: int, n: int) -> None:
+    if low < -1 or high >= n:
+        raise IndexError(
+            f"adapter_index holds {low if low < -1 else high}; with {n} adapters it must lie in [-1, {n - 1}]"
+        )
+
+
+def host_runs(index: Tensor, n: int) -> list[int] | None:
+    """The runs of a CPU index, checked; None where rows are so scattered that gathering by adapter is the better way.
+
+    An index elsewhere is only checked: it has no runs, as in a call that does not look.
+    """
+    rows = index.numel()
+    if rows == 0:
+        return []
+    if index.device.type != "cpu":
+        check_index(index, n)
         return None
-    flat: list[int] = []
-    for adapter, count in zip(adapters.tolist(), counts.tolist()):
-        start = flat[-2] if flat else 0
-        flat += (start, start + count, adapter)
-    return tuple(flat)
+    if rows <= SHORT_INDEX:
+        groups = [(e, len(list(same))) for e, same in groupby(index.tolist())]
+    else:
+        adapters, counts = torch.unique_consecutive(index, return_counts=True)
+        if len(adapters) > max(8, 4 * n):
+            check_index(adapters, n)
+            return None
+        groups = list(zip(adapters.tolist(), counts.tolist()))
+    values = [e for e, _ in groups]
+    _check_range(min(values), max(values), n)
+    if len(groups) > max(8, 4 * n):
+        return None
+    runs: list[int] = []
+    start = 0
+    for e, count in groups:
+        runs += (start, start + count, e)
+        start += count
+    return runs
