@@ -75,11 +75,6 @@ struct PackedAdapter {
   }
 };
 
-void* s_row(const Job& job, int64_t position, int64_t column) {
-  const int64_t at = position * job.s_width + column;
-  return static_cast<char*>(job.s) + at * (job.words == Type::bf16 ? 2 : 4);
-}
-
 // 32 sums of S, scaled and rounded, the first `valid` of them; zeros beyond.
 void store_s(const Job& job, const float* sums, float scale, int64_t valid, void* to) {
   const __m512 by = _mm512_set1_ps(scale);
@@ -89,10 +84,7 @@ void store_s(const Job& job, const float* sums, float scale, int64_t valid, void
     _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     return;
   }
-  if (job.rounded == Type::half) {
-    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    low = _mm512_cvtph_ps(_mm512_cvtps_ph(low, kNearest)), high = _mm512_cvtph_ps(_mm512_cvtps_ph(high, kNearest));
-  }
+  low = round_s(job, low), high = round_s(job, high);
   _mm512_storeu_ps(to, low);
   _mm512_storeu_ps(static_cast<float*>(to) + 16, high);
 }

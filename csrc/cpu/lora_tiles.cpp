@@ -42,6 +42,8 @@ Type type_of(const Tensor& t) {
   }
 }
 
+constexpr int64_t kFew = 48;  // rows up to which packing W costs more than it saves
+
 int64_t size_of(Type type) { return type == Type::single ? 4 : 2; }
 
 // The operand whose rows are t's rows.
@@ -165,7 +167,7 @@ void lora_tiles(Tensor x, std::vector<Tensor> w, std::vector<Tensor> bias, std::
   }
   Buffer<char> scratch(rows.count * job.s_width * size_of(job.words) + 1);
   job.s = scratch.data;
-  lora::multiply(job);
+  if (rows.count > kFew || !lora::multiply_few(job)) lora::multiply(job);
   if (s.size(0) > 0 && s.size(1) > 0) keep_s(job, widths, s);
 }
 
@@ -192,7 +194,8 @@ void lora_tiles_backward(std::vector<Tensor> grad, std::vector<Tensor> w, std::v
   Job job{unit.unit, unit.words, type, {}, {}, &rows, widths.padded.back(), nullptr};
   for (size_t p = 0; p < w.size(); ++p) {
     if (grad[p].numel() == 0) continue;
-    Term term{int64_t(job.lefts.size()), columns_of(w[p]), {}, widths.padded[p]};
+    Term term{int64_t(job.lefts.size()), {}, {}, widths.padded[p]};
+    if (dx.numel() > 0) term.right = columns_of(w[p]);  // else it may be a stand-in
     job.lefts.push_back(rows_of(grad[p], rows.renumbered()));
     for (size_t e = 0; e < n; ++e) {
       term.adapters.push_back(adapter_of(columns_of(b[p * n + e]), columns_of(a[p * n + e]), scaling[e]));
