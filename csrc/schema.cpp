@@ -36,6 +36,11 @@ STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
       "logprob_rows_backward(Tensor logits, Tensor target, Tensor temperature, int ignore_index, Tensor coefficients, "
       "Tensor(a!) out) -> ()");
 
+  // lora: the adapters of few rows, onto base products that are already in y
+  m.def(
+      "lora_small_m(Tensor x, Tensor[] a, Tensor[] b, Tensor? index, int[] runs, float[] scaling, "
+      "Tensor? scaling_tensor, Tensor(a!)[] y, Tensor(b!) s) -> ()");
+
   // sampling
   m.def(
       "sample_rows(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p_cut, Tensor seed, "
