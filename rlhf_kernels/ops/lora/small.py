@@ -1,7 +1,7 @@
 """`lora_linear` of few rows on CUDA, as in decoding: the library's base products, then one launch for all adapters.
 
-The launch (csrc/cuda/lora_small_m.cuh) reads each row's adapter on the device and adds to y in place, so a captured CUDA
-graph follows an index that is overwritten. It has no backward of its own: the library's fits, S having one layout.
+The launch (csrc/cuda/lora_small_m.cuh) reads each row's adapter on the device and adds to y in place, so a captured
+CUDA graph follows an index that is overwritten. Its backward is the library's: S has one layout.
 """
 
 from collections.abc import Sequence
