@@ -5,8 +5,7 @@ import torch
 from torch.library import opcheck
 from torch.nn import functional as F
 
-from rlhf_kernels.ops.lora import Routing, build_routing, lora_linear
-from rlhf_kernels.ops.lora import autograd
+from rlhf_kernels.ops.lora import Routing, build_routing, compiled, lora_linear
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -91,7 +90,7 @@ def test_masks_on_a_device_the_host_may_not_read_give_the_same(monkeypatch):
     leaves = tensors(rows=len(index))
     y, grads = run(leaves, index, [0.5, 2.0, 1.0])
     monkeypatch.setattr("rlhf_kernels.ops.lora.library.masked", lambda index, runs: runs is None)
-    monkeypatch.setattr("rlhf_kernels.ops.lora.autograd.host_runs", lambda index, n: None)
+    monkeypatch.setattr("rlhf_kernels.ops.lora.gradients.host_runs", lambda index, n: None)
     y2, grads2 = run(leaves, index, [0.5, 2.0, 1.0])
     torch.testing.assert_close(y2, y)
     for got, want in zip(grads2, grads):
@@ -203,7 +202,7 @@ def test_the_op_passes_opcheck(known):
     runs = [0, 10, 0, 10, 17, 1, 17, 30, 2]
     lists = [[t.clone().requires_grad_() for t in stack] for stack in (a, b)]
     where = (None, runs) if known else (index, None)
-    opcheck(autograd._op, (x.requires_grad_(), [weight], [bias], *lists, *where, [1.0, 2.0, 0.5], None, None, 30, 30))
+    opcheck(compiled.op, (x.requires_grad_(), [weight], [bias], *lists, *where, [1.0, 2.0, 0.5], None, None, 30, 30))
 
 
 def test_it_compiles_in_one_graph_with_dynamic_rows():

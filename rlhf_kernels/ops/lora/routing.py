@@ -4,7 +4,7 @@ Rows of one adapter usually lie together (one role after another), so a batch is
 run is a slice, and a slice of a GEMM's output can be accumulated in place without gathering a row.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -72,6 +72,11 @@ def build_routing(adapter_index: Tensor, n: int) -> Routing:
         check_index(index, n)
     sorts = index.device.type != "cpu" and n > MANY_ADAPTERS
     return Routing(n, index.numel(), index=index, order=index.argsort(stable=True) if sorts else None)
+
+
+def triples(runs: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(start, end, adapter) of every run."""
+    return zip(runs[0::3], runs[1::3], runs[2::3])
 
 
 def is_index(tensor: Tensor) -> bool:
