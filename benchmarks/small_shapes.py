@@ -54,7 +54,7 @@ def logprobs() -> None:
 
 def lora() -> None:
     for dtype in DTYPES:
-        for adapters in {dtype, torch.float32}:  # up to 64 rows take the kernel of few rows
+        for adapters in dict.fromkeys((dtype, torch.float32)):  # up to 64 rows take the kernel of few rows
             _lora_once(dtype, 1, 40, (56,), (5,), adapters)
             _lora_once(dtype, 37, 33, (41, 7, 24), (3, 16, 1), adapters)
             _lora_once(dtype, 64, 520, (300, 24), (8, 136, 16), adapters)

@@ -112,26 +112,17 @@ class Block {
   // A cluster of `blocks` blocks of `threads` threads each running `body`; `first` is its first block's blockIdx.
   void run(dim3 first, int blocks, int threads, size_t dynamic_bytes, const std::function<void()>& body) {
     first_ = first, blocks_ = blocks, threads_ = threads, body_ = &body, failure_ = nullptr, met_ = false;
-    int alive = blocks * threads;
-    const int all = alive;
+    const int all = blocks * threads;
+    alive_ = all;
     fibers_.resize(std::max<size_t>(fibers_.size(), all));
     shared_.clear();
     dynamic_.clear();
     for (int b = 0; b < blocks; ++b) dynamic_.push_back(poisoned(dynamic_bytes));
     for (int t = 0; t < all; ++t) start(fibers_[t]);
-    while (alive > 0) {
+    while (alive_ > 0) {
       bool moved = false;
-      for (int k = 0; k < all; ++k) {
-        const int t = backwards ? all - 1 - k : k;
-        if (fibers_[t].wait != Wait::nothing) continue;
-        moved = true;
-        resume(t);
-        if (failure_) std::rethrow_exception(failure_);
-        if (fibers_[t].wait == Wait::ended) --alive;
-      }
-      for (int b = 0; b < blocks; ++b) {
-        for (int t = 0; t < threads; t += warpSize) release_warp(b * threads + t, std::min(warpSize, threads - t));
-        release(Wait::block, b * threads, (b + 1) * threads);
+      for (int k = 0; k < blocks; ++k) {  // each as far as it gets without the others
+        while (advance(backwards ? blocks - 1 - k : k)) moved = true;
       }
       if (release(Wait::cluster, 0, all)) met_ = true;
       if (!moved && !anyone_ready()) throw std::runtime_error(deadlock());
@@ -216,6 +207,22 @@ class Block {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, &Block::enter, 0);
     fiber.wait = Wait::nothing, fiber.where = "its end", fiber.fake_stack = nullptr, fiber.begun = false;
+  }
+
+  // Resumes every thread of a block that waits for nothing; false where there is none.
+  bool advance(int b) {
+    bool moved = false;
+    for (int k = 0; k < threads_; ++k) {
+      const int t = b * threads_ + (backwards ? threads_ - 1 - k : k);
+      if (fibers_[t].wait != Wait::nothing) continue;
+      moved = true;
+      resume(t);
+      if (failure_) std::rethrow_exception(failure_);
+      if (fibers_[t].wait == Wait::ended) --alive_;
+    }
+    for (int t = 0; t < threads_; t += warpSize) release_warp(b * threads_ + t, std::min(warpSize, threads_ - t));
+    release(Wait::block, b * threads_, (b + 1) * threads_);
+    return moved;
   }
 
   static void enter();
@@ -327,7 +334,7 @@ class Block {
   [[maybe_unused]] const void* main_stack_ = nullptr;
   [[maybe_unused]] size_t main_bytes_ = 0;
   dim3 first_;
-  int blocks_ = 1, threads_ = 0, current_ = 0;
+  int blocks_ = 1, threads_ = 0, current_ = 0, alive_ = 0;
   bool met_ = false;  // the cluster's blocks have all begun
   const std::function<void()>* body_ = nullptr;
   std::exception_ptr failure_;
