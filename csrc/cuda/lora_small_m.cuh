@@ -356,8 +356,7 @@ __device__ inline void prefetch_b(const LoraEntry* entries, int column, int bloc
     const LoraEntry& entry = entries[scratch.tile[t].adapter];
     for (int c = column + int(threadIdx.x); c < end; c += int(blockDim.x)) {
       const U* const b = static_cast<const U*>(entry.b) + int64_t(c) * entry.b_stride;
-      for (int at = 0; at < entry.rank; at += 128 / int(sizeof(U)))
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(b + at));
+      for (int at = 0; at < entry.rank; at += 128 / int(sizeof(U))) asm volatile("prefetch.L2 [%0];" ::"l"(b + at));
     }
   }
 #endif
