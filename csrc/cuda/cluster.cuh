@@ -9,10 +9,10 @@ namespace cuda_rows {
 constexpr bool kClusters = true;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr bool kClusters = true;
-#define CLUSTER_WAIT() asm volatile("barrier.cluster.wait.acquire;" ::: "memory")
+#define CLUSTER_BARRIER() asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory")
 #else
 constexpr bool kClusters = false;
-#define CLUSTER_WAIT() ((void)0)
+#define CLUSTER_BARRIER() ((void)0)
 #endif
 
 // The cluster of a kernel that was launched by launch_clusters with as many blocks.
@@ -21,20 +21,13 @@ struct Cluster {
 
   __device__ explicit Cluster(int launched) : blocks(kClusters ? launched : 1), rank(int(blockIdx.x) % blocks) {}
 
-  // A barrier in two halves, for what can be done between them.
-  __device__ void arrive() const {
-#if !defined(RLHF_CUDA_ON_HOST) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    if (blocks > 1) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-#endif
-  }
-  __device__ void wait() const {
+  __device__ void barrier() const {
     if (kClusters && blocks > 1) {
-      CLUSTER_WAIT();
+      CLUSTER_BARRIER();
     } else {
       __syncthreads();
     }
   }
-  __device__ void barrier() const { arrive(), wait(); }
 
   // Writes to where `own`, in the own block's shared memory, lies in another block's. All blocks must have begun: after
   // a barrier.

@@ -427,7 +427,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 threads, size_t dynamic_bytes,
 #define CUDA_ON_HOST_AT(what) what " (" __FILE__ ":" CUDA_ON_HOST_TEXT(__LINE__) ")"
 
 #define __syncthreads() cuda_on_host::block.wait_for_block(CUDA_ON_HOST_AT("__syncthreads"))
-#define CLUSTER_WAIT() cuda_on_host::block.wait_for_cluster(CUDA_ON_HOST_AT("a barrier of the cluster"))
+#define CLUSTER_BARRIER() cuda_on_host::block.wait_for_cluster(CUDA_ON_HOST_AT("a barrier of the cluster"))
 #define CUDA_ON_HOST_FIRST_(x, ...) x
 #define __syncwarp(...) \
   cuda_on_host::ballot(CUDA_ON_HOST_FIRST_(__VA_OPT__(__VA_ARGS__, ) 0xFFFFFFFFu), false, CUDA_ON_HOST_AT("__syncwarp"))
