@@ -61,8 +61,7 @@ def forward(
 def _as_one_dtype(adapters: list[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     """A and B as the launch reads them: all of x's dtype, or all fp32; copied only where they are not."""
     found = {t.dtype for t in adapters}
-    if len(found) == 1 and found <= {dtype, torch.float32}:
-        dtype = found.pop()
-    rows = [t.to(dtype) for t in adapters]
-    rows = [t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous() for t in rows]
-    return rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    if len(found) > 1 or not found <= {dtype, torch.float32}:
+        adapters = [t.to(dtype) for t in adapters]
+    adapters = [t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous() for t in adapters]
+    return adapters[: len(adapters) // 2], adapters[len(adapters) // 2 :]
