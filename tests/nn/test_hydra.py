@@ -386,7 +386,8 @@ def test_copying_an_adapter_and_a_head():
     with pytest.raises(ValueError, match="'actor' and 'other' differ"):
         model.copy_adapter("actor", "other")
     model.delete_adapter("critic")
-    assert torch.equal(model.score(tokens(), LENGTHS, roles=("actor",))["actor"].logprob, out["actor"].logprob)
+    alone = model.score(tokens(), LENGTHS, roles=("actor",))["actor"].logprob
+    torch.testing.assert_close(alone, out["actor"].logprob, rtol=1e-5, atol=1e-5)  # other bits at another size
     with pytest.raises(ValueError, match="role 'critic' uses adapter 'critic'"):
         model.score(tokens(), LENGTHS, roles=("critic",))
 
