@@ -68,6 +68,15 @@ struct Job {
   void* s;
 };
 
+constexpr int64_t kStepsAtOnce = 11;  // of depth: both operands' chunks lie in the first-level cache
+constexpr int64_t kFewestChunks = 4;  // of fp32: a chunk's sums are formed apart, which keeps the chains short
+
+// Into how many parts a depth is cut, nearly equal ones.
+inline int64_t chunks(Type words, int64_t steps) {
+  const int64_t least = words == Type::single ? std::min(kFewestChunks, steps) : 0;
+  return std::max(least, (steps + kStepsAtOnce - 1) / kStepsAtOnce);
+}
+
 void multiply(const Job& job);
 
 // The same for few rows and one term a product; false where it is not made for the layout, and nothing is done.

@@ -18,7 +18,6 @@ using operand::kStepWords;
 using operand::kTile;
 using operand::kTileSums;
 
-constexpr int64_t kStepsAtOnce = 10;
 constexpr int64_t kStepsPacked = 32;  // of rows, packed at a time
 constexpr int64_t kPanels = 4;        // of 32 features
 
@@ -68,8 +67,9 @@ void some_panels(const bf16::TileUnit& unit, Type words, const Outer& outer, con
     const int64_t from = begin * kStepWords * operand::per_word(words);
     const int64_t taken = std::min(depth - from, held * kStepWords * operand::per_word(words));
     operand::right(words, outer.right, first * kTile, width, right, outer.lo + from, taken);
-    for (int64_t s = 0; s < held; s += kStepsAtOnce) {
-      const int64_t n = std::min(kStepsAtOnce, held - s);
+    const int64_t parts = chunks(words, held);
+    for (int64_t c = 0; c < parts; ++c) {
+      const int64_t s = held * c / parts, n = held * (c + 1) / parts - s;
       for (int64_t r = 0; r < ranks; ++r) {
         const bf16::Corner corner{outer.left.rows - r * kTile, kTile};
         for (int64_t j = 0; j < count; ++j) {

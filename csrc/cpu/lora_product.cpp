@@ -1,8 +1,8 @@
 // Products of tiles with the adapters of each row: a 32 x 32 tile of fp32 sums is made from packed operands, every
 // adapter that a row of the tile has is added to its own rows, and the tile is rounded once on its way out.
 //
-// A row's sums do not look at the tile's other rows: a tile whose rows have several adapters is continued once for each
-// of them from the same base sums, and a row takes its own. The bits of a row depend on nothing beside it.
+// A row's sums do not look at the tile's other rows: each adapter's product is formed apart and added to its own rows
+// only. The bits of a row depend on nothing beside it.
 #include "lora_job.h"
 
 #ifdef BF16_TILES
@@ -22,7 +22,6 @@ using operand::kStepWords;
 using operand::kTile;
 using operand::kTileSums;
 
-constexpr int64_t kStepsAtOnce = 11;                // of depth: both operands' chunks lie in the first-level cache
 constexpr int64_t kPanelBytes = 512 << 10;          // of packed columns held at a time, in the second-level cache
 constexpr int64_t kMostPanels = 10;
 constexpr int64_t kLeftBytes = int64_t(16) << 20;   // of packed rows held at a time
@@ -54,9 +53,6 @@ struct Block {
     }
   }
 };
-
-// Into how many parts a depth is cut, nearly equal ones.
-int64_t chunks(int64_t steps) { return (steps + kStepsAtOnce - 1) / kStepsAtOnce; }
 
 // The panels of one adapter's matrix, packed anew when the adapter changes: rows come sorted, so once for each.
 struct PackedAdapter {
@@ -103,8 +99,9 @@ void shrink(const Block& block, const Term& term, int64_t tile, PackedAdapter& h
     const uint32_t* right = held.get(job, e, adapter.shrink, 0, adapter.rank);
     const int64_t panels = operand::tiles(adapter.rank);
     if (steps == 0) std::fill_n(sums[0], panels * kTileSums, 0.0f);
-    for (int64_t s = 0; s < steps; s += kStepsAtOnce) {
-      const int64_t n = std::min(kStepsAtOnce, steps - s);
+    const int64_t parts = chunks(job.words, steps);
+    for (int64_t c = 0; c < parts; ++c) {
+      const int64_t s = steps * c / parts, n = steps * (c + 1) / parts - s;
       for (int64_t j = 0; j < panels; ++j) {
         const bf16::Corner corner{hi, adapter.rank - j * kTile};
         job.unit->corner(left + s * kStep, right + (j * steps + s) * kStep, n * kStepWords, sums[j], s > 0, corner);
@@ -278,7 +275,7 @@ class Region {
     for (size_t t = 0; t < product_.terms.size(); ++t) {
       const Term& term = product_.terms[t];
       const int64_t first = (first_ + count_) * kTile, count = std::min(columns * kTile, product_.out.columns - first);
-      ahead_[t] = Ahead(term.right, first, count, tiles * count_ * chunks(block_.steps[term.left]));
+      ahead_[t] = Ahead(term.right, first, count, tiles * count_ * chunks(block_.job.words, block_.steps[term.left]));
     }
   }
 
@@ -292,7 +289,7 @@ class Region {
     for (size_t t = 0; t < product_.terms.size(); ++t) {
       const int64_t which = product_.terms[t].left, steps = block_.steps[which];
       const uint32_t *left = block_.left(which, tile), *right = packed_ + panels_[t] * count_;
-      const int64_t parts = chunks(steps);
+      const int64_t parts = chunks(block_.job.words, steps);
       for (int64_t c = 0; c < parts; ++c) {
         const int64_t s = steps * c / parts, n = steps * (c + 1) / parts - s;
         const int64_t share = (n * kStep + count_ - 1) / count_;
@@ -323,13 +320,11 @@ class Region {
       const Matrix s{s_row(job, position, term.s_column), job.words, rows, adapter.rank, job.s_width, true};
       operand::left(job.words, s, 0, s_);
       for (int64_t j = 0; j < count_; ++j) {
-        if (hi - lo == rows) {
-          job.unit->corner(s_, right + j * steps * kStep, words, sums_[j], true, {kTile, kTile});
-          continue;
+        job.unit->corner(s_, right + j * steps * kStep, words, own_[0], false, {hi, kTile});
+        for (int64_t at = lo * kTile; at < hi * kTile; at += 16) {
+          const __m512 sum = _mm512_add_ps(_mm512_load_ps(sums_[j] + at), _mm512_load_ps(own_[0] + at));
+          _mm512_store_ps(sums_[j] + at, sum);
         }
-        std::copy_n(sums_[j], hi * kTile, own_[0]);
-        job.unit->corner(s_, right + j * steps * kStep, words, own_[0], true, {hi, kTile});
-        std::copy(own_[0] + lo * kTile, own_[0] + hi * kTile, sums_[j] + lo * kTile);
       }
     });
   }

@@ -1,6 +1,6 @@
 // The product of few rows, as in decoding: bound by reading W, so nothing of W is packed. Every output is one chain of
-// sums over x's and W's rows as they lie, four rows of x and six of W at a time; the adapter of a row continues its
-// chains over the rank, and the lanes are summed at the end. The bits of a row depend on nothing beside it.
+// sums over x's and W's rows as they lie, four rows of x and six of W at a time; the lanes are summed at the end, and
+// the product of the row's own adapter, formed likewise, is added. The bits of a row depend on nothing beside it.
 #include "lora_job.h"
 
 #ifdef BF16_TILES
@@ -45,6 +45,39 @@ LANES __m128 lane_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
+template <int kM, bool kAdd>
+LANES void sum_lanes(const __m512 (&sum)[kM][kColumns], float* out) {
+#pragma GCC unroll 6
+  for (int j = 0; j < kColumns; ++j) {
+    constexpr int k1 = kM > 1 ? 1 : 0, k2 = kM > 2 ? 2 : 0, k3 = kM > 3 ? 3 : 0;
+    __m128 total = lane_sums(sum[0][j], sum[k1][j], sum[k2][j], sum[k3][j]);
+    if (kAdd) total = _mm_add_ps(_mm_loadu_ps(out + 4 * j), total);
+    _mm_storeu_ps(out + 4 * j, total);
+  }
+}
+
+// Adds the rows' adapters to out, their products formed apart.
+template <bool kPairs, int kM>
+LANES void tail(const Tail* tails, float* out) {
+  __m512 sum[kM][kColumns];
+  bool any = false;
+#pragma GCC unroll 4
+  for (int i = 0; i < kM; ++i) {
+#pragma GCC unroll 6
+    for (int j = 0; j < kColumns; ++j) sum[i][j] = _mm512_setzero_ps();
+    any = any || tails[i].steps > 0;
+    for (int64_t s = 0; s < tails[i].steps; ++s) {
+      const __m512i row = _mm512_loadu_si512(tails[i].s + s * kStepWords);
+#pragma GCC unroll 6
+      for (int j = 0; j < kColumns; ++j) {
+        const uint32_t* b = tails[i].b + (j * tails[i].steps + s) * kStepWords;
+        sum[i][j] = add_product<kPairs>(sum[i][j], row, _mm512_loadu_si512(b));
+      }
+    }
+  }
+  if (any) sum_lanes<kM, true>(sum, out);
+}
+
 // out[column][row] = the products of kM rows of x and six of w.
 template <bool kPairs, typename X, typename W, int kM>
 void dots(const typename X::type* const* x, const typename W::type* const* w, int64_t depth, const Tail* tails,
@@ -76,22 +109,8 @@ void dots(const typename X::type* const* x, const typename W::type* const* w, in
     step(k, kPer);
   }
   if (k < depth) step(k, depth - k);
-#pragma GCC unroll 4
-  for (int i = 0; i < kM; ++i) {
-    const Tail& tail = tails[i];
-    for (int64_t s = 0; s < tail.steps; ++s) {
-      const __m512i row = _mm512_loadu_si512(tail.s + s * kStepWords);
-#pragma GCC unroll 6
-      for (int j = 0; j < kColumns; ++j) {
-        sum[i][j] = add_product<kPairs>(sum[i][j], row, _mm512_loadu_si512(tail.b + (j * tail.steps + s) * kStepWords));
-      }
-    }
-  }
-#pragma GCC unroll 6
-  for (int j = 0; j < kColumns; ++j) {
-    _mm_storeu_ps(out + 4 * j, lane_sums(sum[0][j], sum[kM > 1 ? 1 : 0][j], sum[kM > 2 ? 2 : 0][j],
-                                         sum[kM > 3 ? 3 : 0][j]));
-  }
+  sum_lanes<kM, false>(sum, out);
+  tail<kPairs, kM>(tails, out);
 }
 
 // A matrix whose rows lie along the depth, and the rows of x that meet it.

@@ -9,6 +9,8 @@ import os
 import pytest
 from ops.lora_cases import as_exact_as_plain
 
+from rlhf_kernels.ops.lora import library
+
 BLOCK = 50  # cases a test
 
 FIRST, LAST = (int(v) for v in os.environ.get("RLHF_KERNELS_FUZZ", "0:2000").split(":"))
@@ -37,7 +39,12 @@ def test_many_more_random_calls_are_too(first):
     assert failures(first, min(first + BLOCK, LAST)) == []
 
 
-@pytest.mark.parametrize("backend", ["native", "naive"])
-def test_so_are_they_on_a_backend_that_is_asked_for(backend, monkeypatch):
-    monkeypatch.setenv("RLHF_KERNELS_BACKEND", backend)
+def test_so_are_they_by_the_definition_itself(monkeypatch):
+    monkeypatch.setenv("RLHF_KERNELS_BACKEND", "naive")
     assert failures(2000, 2030) == []
+
+
+@pytest.mark.parametrize("last", [2050, pytest.param(4000, marks=pytest.mark.slow)])
+def test_so_are_they_on_the_library_alone(last, monkeypatch):
+    monkeypatch.setattr("rlhf_kernels.ops.lora.tier.TIERS", (("native", library),))
+    assert failures(2000, last) == []

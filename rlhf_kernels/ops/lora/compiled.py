@@ -55,9 +55,10 @@ def backward_op(
     grad_rows: int,
     needs: list[bool],
 ) -> list[Tensor]:
-    return gradients.backward(
+    out = gradients.backward(
         grads, weights, lora_a, lora_b, index, runs, scaling, scaling_tensor, order, x, s, grad_rows, needs
     )
+    return [grad if need else x.new_empty(0) for grad, need in zip(out, needs)]  # a tier's empty one may be one for all
 
 
 @backward_op.register_fake
