@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
   // lora: P projections that share x, n adapter slots each (a, b: entry p * n + e)
   m.def(
       "lora_tiles(Tensor x, Tensor[] w, Tensor[] bias, Tensor[] a, Tensor[] b, Tensor? index, int[] runs, "
-      "float[] scaling, Tensor(a!)[] y, Tensor(b!) s) -> ()");
+      "float[] scaling, Tensor(a!)[] y, Tensor(b!)? s) -> ()");
   m.def(
       "lora_tiles_backward(Tensor[] grad, Tensor[] w, Tensor[] a, Tensor[] b, Tensor? index, int[] runs, "
       "float[] scaling, Tensor x, Tensor s, int grad_rows, Tensor(a!) dx, Tensor(b!)[] da, Tensor(c!)[] db) -> ()");

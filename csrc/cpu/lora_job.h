@@ -70,6 +70,9 @@ struct Job {
 
 void multiply(const Job& job);
 
+// The same for few rows and one term a product; false where it is not made for the layout, and nothing is done.
+bool multiply_few(const Job& job);
+
 // out [rank, columns] = left^T right over positions [lo, hi), both [positions, ...]; transposed: out is [columns, rank].
 struct Outer {
   Matrix left, right;  // rank, columns of them along the rows
@@ -81,5 +84,28 @@ struct Outer {
 };
 
 void multiply_outer(const bf16::TileUnit& unit, Type words, const std::vector<Outer>& outers);
+
+#ifdef BF16_TILES
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+
+namespace {
+
+inline char* s_row(const Job& job, int64_t position, int64_t column) {
+  return static_cast<char*>(job.s) + (position * job.s_width + column) * (job.words == Type::bf16 ? 2 : 4);
+}
+
+// S to x's dtype, where its elements are wider than that.
+LANES __m512 round_s(const Job& job, __m512 s) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return job.rounded == Type::half ? _mm512_cvtph_ps(_mm512_cvtps_ph(s, kNearest)) : s;
+}
+
+}  // namespace
+
+#pragma GCC pop_options
+
+#endif
 
 }  // namespace lora

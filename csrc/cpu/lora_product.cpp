@@ -55,6 +55,9 @@ struct Block {
   }
 };
 
+// Into how many parts a depth is cut, nearly equal ones.
+int64_t chunks(int64_t steps) { return (steps + kStepsAtOnce - 1) / kStepsAtOnce; }
+
 // The panels of one adapter's matrix, packed anew when the adapter changes: rows come sorted, so once for each.
 struct PackedAdapter {
   std::vector<uint32_t> unaligned;
@@ -75,11 +78,6 @@ struct PackedAdapter {
   }
 };
 
-void* s_row(const Job& job, int64_t position, int64_t column) {
-  const int64_t at = position * job.s_width + column;
-  return static_cast<char*>(job.s) + at * (job.words == Type::bf16 ? 2 : 4);
-}
-
 // 32 sums of S, scaled and rounded, the first `valid` of them; zeros beyond.
 void store_s(const Job& job, const float* sums, float scale, int64_t valid, void* to) {
   const __m512 by = _mm512_set1_ps(scale);
@@ -89,10 +87,7 @@ void store_s(const Job& job, const float* sums, float scale, int64_t valid, void
     _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     return;
   }
-  if (job.rounded == Type::half) {
-    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    low = _mm512_cvtph_ps(_mm512_cvtps_ph(low, kNearest)), high = _mm512_cvtph_ps(_mm512_cvtps_ph(high, kNearest));
-  }
+  low = round_s(job, low), high = round_s(job, high);
   _mm512_storeu_ps(to, low);
   _mm512_storeu_ps(static_cast<float*>(to) + 16, high);
 }
@@ -195,10 +190,37 @@ void store_rows(const Block& block, const Output& out, const float (*sums)[kTile
   });
 }
 
+// Calls for the columns that a region packs next, a few cache lines at a time, while it multiplies.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const Matrix& m, int64_t first, int64_t count, int64_t calls) {
+    const int64_t size = m.type == Type::single ? 4 : 2;
+    const int64_t lines = count <= 0 ? 0 : m.along ? count : m.depth;
+    stride_ = m.stride * size;
+    at_ = static_cast<const char*>(m.data) + first * (m.along ? stride_ : size);
+    width_ = (m.along ? m.depth : count) * size;
+    left_ = lines * ((width_ + 63) / 64);
+    share_ = (left_ + calls - 1) / std::max<int64_t>(calls, 1);
+  }
+
+  void fetch() {
+    for (int64_t i = std::min(share_, left_); i > 0; --i, --left_) {
+      _mm_prefetch(at_ + from_, _MM_HINT_T1);
+      from_ += 64;
+      if (from_ >= width_) from_ = 0, at_ += stride_;
+    }
+  }
+
+ private:
+  const char* at_ = nullptr;
+  int64_t stride_ = 0, width_ = 0, from_ = 0, left_ = 0, share_ = 0;
+};
+
 // The tiles of some rows and columns of one product.
 class Region {
  public:
-  Region(const Block& block, const Product& product) : block_(block), product_(product), held_(product.terms.size()) {
+  Region(const Block& block, const Product& product) : block_(block), product_(product), held_(product.terms.size()), ahead_(product.terms.size()) {
     int64_t panel = 1, rank = 1;
     for (const Term& term : product.terms) {
       panels_.push_back(panel_bytes_ / 4);
@@ -223,6 +245,7 @@ class Region {
     for (first_ = first_column; first_ < last_column; first_ += group) {
       count_ = std::min(group, last_column - first_);
       pack_columns();
+      look_ahead(std::min(group, last_column - first_ - count_), last_tile - first_tile);
       for (int64_t i = first_tile; i < last_tile; ++i) {
         base(i);
         for (size_t t = 0; t < product_.terms.size(); ++t) expand(i, product_.terms[t], held_[t]);
@@ -251,21 +274,37 @@ class Region {
     });
   }
 
+  void look_ahead(int64_t columns, int64_t tiles) {
+    for (size_t t = 0; t < product_.terms.size(); ++t) {
+      const Term& term = product_.terms[t];
+      const int64_t first = (first_ + count_) * kTile, count = std::min(columns * kTile, product_.out.columns - first);
+      ahead_[t] = Ahead(term.right, first, count, tiles * count_ * chunks(block_.steps[term.left]));
+    }
+  }
+
   void base(int64_t tile) {
     bool add = false;
+    const bf16::TileUnit& unit = *block_.job.unit;
+    const int64_t rows = std::min(kTile, block_.rows - tile * kTile);
     operand::with_element(product_.out.type, [&](auto element) {
       fetch_rows<decltype(element)>(block_, product_.out, tile, first_ * kTile, width());
     });
     for (size_t t = 0; t < product_.terms.size(); ++t) {
       const int64_t which = product_.terms[t].left, steps = block_.steps[which];
       const uint32_t *left = block_.left(which, tile), *right = packed_ + panels_[t] * count_;
-      const int64_t chunks = (steps + kStepsAtOnce - 1) / kStepsAtOnce;
-      for (int64_t c = 0; c < chunks; ++c) {
-        const int64_t s = steps * c / chunks, n = steps * (c + 1) / chunks - s;
+      const int64_t parts = chunks(steps);
+      for (int64_t c = 0; c < parts; ++c) {
+        const int64_t s = steps * c / parts, n = steps * (c + 1) / parts - s;
         const int64_t share = (n * kStep + count_ - 1) / count_;
         for (int64_t j = 0; j < count_; ++j) {
           prefetch(left + (s + n) * kStep + j * share, share);  // the next chunk, from the third level
-          block_.job.unit->multiply(left + s * kStep, right + (j * steps + s) * kStep, n, sums_[j], add);
+          ahead_[t].fetch();
+          const uint32_t* panel = right + (j * steps + s) * kStep;
+          if (rows > 16) {
+            unit.multiply(left + s * kStep, panel, n, sums_[j], add);
+          } else {
+            unit.corner(left + s * kStep, panel, n * kStepWords, sums_[j], add, {rows, kTile});
+          }
         }
         add = true;
       }
@@ -305,6 +344,7 @@ class Region {
   const Block& block_;
   const Product& product_;
   std::vector<PackedAdapter> held_;
+  std::vector<Ahead> ahead_;
   std::vector<int64_t> panels_;  // words before a term's panels, for one column tile
   int64_t panel_bytes_ = 0, group_, rank_steps_, first_ = 0, count_ = 0;
   uint32_t *packed_ = nullptr, *s_ = nullptr;

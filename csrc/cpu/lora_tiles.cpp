@@ -42,11 +42,14 @@ Type type_of(const Tensor& t) {
   }
 }
 
+constexpr int64_t kFew = 56;  // rows up to which packing W costs more than it saves
+
 int64_t size_of(Type type) { return type == Type::single ? 4 : 2; }
 
 // The operand whose rows are t's rows.
 Matrix rows_of(const Tensor& t, const int32_t* order = nullptr) {
   const bool along = t.stride(1) == 1 || t.size(1) <= 1;
+  if (!along && order != nullptr) throw std::runtime_error("lora_tiles: rows have gaps");
   if (!along && t.stride(0) != 1 && t.size(0) > 1) throw std::runtime_error("lora_tiles: neither stride of a matrix is 1");
   return {t.data_ptr(), type_of(t), t.size(0), t.size(1), t.stride(along ? 0 : 1), along, order};
 }
@@ -149,7 +152,7 @@ void keep_s(const Job& job, const Widths& w, const Tensor& s) {
 
 void lora_tiles(Tensor x, std::vector<Tensor> w, std::vector<Tensor> bias, std::vector<Tensor> a, std::vector<Tensor> b,
                 std::optional<Tensor> index, std::vector<int64_t> runs, std::vector<double> scaling,
-                std::vector<Tensor> y, Tensor s) {
+                std::vector<Tensor> y, std::optional<Tensor> s) {
   const size_t n = w.empty() ? 0 : a.size() / w.size();
   const Rows rows = by_adapter(index, runs, x.size(0), int64_t(n));
   const Widths widths = widths_of(a, w.size());
@@ -165,8 +168,8 @@ void lora_tiles(Tensor x, std::vector<Tensor> w, std::vector<Tensor> bias, std::
   }
   Buffer<char> scratch(rows.count * job.s_width * size_of(job.words) + 1);
   job.s = scratch.data;
-  lora::multiply(job);
-  if (s.size(0) > 0 && s.size(1) > 0) keep_s(job, widths, s);
+  if (rows.count > kFew || !lora::multiply_few(job)) lora::multiply(job);
+  if (s.has_value() && s->numel() > 0) keep_s(job, widths, *s);
 }
 
 void zero(const Tensor& t) {  // a fresh tensor, without gaps
@@ -192,7 +195,8 @@ void lora_tiles_backward(std::vector<Tensor> grad, std::vector<Tensor> w, std::v
   Job job{unit.unit, unit.words, type, {}, {}, &rows, widths.padded.back(), nullptr};
   for (size_t p = 0; p < w.size(); ++p) {
     if (grad[p].numel() == 0) continue;
-    Term term{int64_t(job.lefts.size()), columns_of(w[p]), {}, widths.padded[p]};
+    Term term{int64_t(job.lefts.size()), {}, {}, widths.padded[p]};
+    if (dx.numel() > 0) term.right = columns_of(w[p]);  // else it may be a stand-in
     job.lefts.push_back(rows_of(grad[p], rows.renumbered()));
     for (size_t e = 0; e < n; ++e) {
       term.adapters.push_back(adapter_of(columns_of(b[p * n + e]), columns_of(a[p * n + e]), scaling[e]));

@@ -40,7 +40,8 @@ def check_projection(
     a_list, b_list = _unstack("lora_a" + at, lora_a), _unstack("lora_b" + at, lora_b)
     if len(a_list) != len(b_list):
         raise ValueError(f"lora_a{at} has {len(a_list)} adapters, lora_b{at} {len(b_list)}; they must agree")
-    for e, (a, b) in enumerate(zip(a_list, b_list)):
+    stacked = isinstance(lora_a, Tensor) and isinstance(lora_b, Tensor)  # then the first stands for all
+    for e, (a, b) in enumerate(zip(a_list[:1], b_list) if stacked else zip(a_list, b_list)):
         if a.ndim != 2 or a.shape[1] != k:
             raise ValueError(f"lora_a{at} of adapter {e} is {list(a.shape)}; it must be [r, {k}]")
         if b.ndim != 2 or b.shape[0] != n_out or b.shape[1] != a.shape[0]:
@@ -125,6 +126,8 @@ def cut_to_ranks(
 
 def check_grad_rows(grad_rows: int | None, rows: int, routing: Routing | None) -> int | None:
     """The number of rows that need gradients: the argument, or what the routing says of its entries."""
+    if routing is not None and not isinstance(routing, Routing):
+        raise TypeError(f"routing is {_what(routing)}; it must come from build_routing")
     if grad_rows is None:
         if routing is None or routing.grad_rows is None or not routing.rows:
             return None
@@ -168,8 +171,6 @@ def check_routing(
 def _expand(
     routing: Routing, rows: int, n: int, device: torch.device
 ) -> tuple[Tensor | None, list[int] | None, Tensor | None]:
-    if not isinstance(routing, Routing):
-        raise TypeError(f"routing is {_what(routing)}; it must come from build_routing")
     if routing.adapters != n:
         raise ValueError(f"routing was built for {routing.adapters} adapters; lora_a has {n}")
     if (routing.rows == 0 or rows % routing.rows) and rows != routing.rows:

@@ -79,7 +79,7 @@ def gradients(ctx: Any, grads: Sequence[Tensor | None], needs: list[Any], comput
     present = [grad is not None for grad in grads]
     if not any(present):
         return [None] * len(needs)
-    used = set(ctx.runs[2::3]) if call.runs_alone else range(n)
+    used = {int(e) for e in ctx.runs[2::3]} if call.runs_alone else range(n)
     owners = [(p, 0) for p in range(count)] * 2 + [(p, e) for p in range(count) for e in range(n)] * 2
     adapters = 2 * count
     needs = [bool(needs[0])] + [
