@@ -55,9 +55,10 @@ def backward_op(
     grad_rows: int,
     needs: list[bool],
 ) -> list[Tensor]:
-    return gradients.backward(
+    out = gradients.backward(
         grads, weights, lora_a, lora_b, index, runs, scaling, scaling_tensor, order, x, s, grad_rows, needs
     )
+    return [t if need else x.new_empty(0) for t, need in zip(out, needs)]  # an op's outputs may not be one tensor twice
 
 
 @backward_op.register_fake
