@@ -47,7 +47,7 @@ STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
   // the adapters of few rows, onto base products that are already in y
   m.def(
       "lora_small_m(Tensor x, Tensor[] a, Tensor[] b, Tensor? index, int[] runs, float[] scaling, "
-      "Tensor? scaling_tensor, Tensor(a!)[] y, Tensor(b!) s) -> ()");
+      "Tensor? scaling_tensor, Tensor(a!)[] y, Tensor(b!)? s) -> ()");
 
   // sampling
   m.def(

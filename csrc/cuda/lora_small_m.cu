@@ -45,7 +45,7 @@ std::vector<LoraEntry> entries_of(const Tensor& x, const std::vector<Tensor>& a,
 
 // y of each projection, and the columns of s that hold its S.
 std::vector<LoraOutput> outputs_of(const Tensor& x, const std::vector<LoraEntry>& entries, size_t n,
-                                   const std::vector<Tensor>& y, const Tensor& s) {
+                                   const std::vector<Tensor>& y, const std::optional<Tensor>& s) {
   std::vector<LoraOutput> out;
   int s_column = 0;
   for (size_t p = 0; p < y.size(); ++p) {
@@ -56,8 +56,8 @@ std::vector<LoraOutput> outputs_of(const Tensor& x, const std::vector<LoraEntry>
     for (size_t e = 0; e < n; ++e) widest = std::max(widest, entries[p * n + e].rank);
     s_column += widest;
   }
-  expect(rows_contiguous(s) && s.size(0) <= x.size(0) && (s.size(0) == 0 || s.size(1) == s_column) &&
-             s.scalar_type() == x.scalar_type(),
+  expect(!s.has_value() || (rows_contiguous(*s) && s->size(0) <= x.size(0) && s->size(1) == s_column &&
+                            s->scalar_type() == x.scalar_type()),
          "s must have a row or fewer for each of x's, of its dtype, and the columns of all projections' largest ranks");
   return out;
 }
@@ -99,7 +99,7 @@ void launch(const LoraSmallM& call, const std::vector<LoraEntry>& entries, const
 
 void lora_small_m(Tensor x, std::vector<Tensor> a, std::vector<Tensor> b, std::optional<Tensor> index,
                   std::vector<int64_t> runs, std::vector<double> scaling, std::optional<Tensor> scaling_tensor,
-                  std::vector<Tensor> y, Tensor s) {
+                  std::vector<Tensor> y, std::optional<Tensor> s) {
   expect(rows_contiguous(x) && x.size(0) <= cuda_rows::kMostRows, "x must be [rows, K] with at most 64 rows");
   LoraSmallM call{};
   call.x = x.data_ptr(), call.x_stride = x.stride(0), call.rows = int(x.size(0)), call.k = to_int(x.size(1));
@@ -110,7 +110,7 @@ void lora_small_m(Tensor x, std::vector<Tensor> a, std::vector<Tensor> b, std::o
            "scaling_tensor must be fp32 [n]");
   }
   call.scaling = data<const float>(scaling_tensor);
-  call.s = s.data_ptr(), call.s_stride = s.stride(0), call.kept_rows = int(s.size(0));
+  if (s.has_value()) call.s = s->data_ptr(), call.s_stride = s->stride(0), call.kept_rows = int(s->size(0));
   const std::vector<LoraEntry> entries = entries_of(x, a, b, scaling, y);
   const std::vector<LoraOutput> outputs = outputs_of(x, entries, scaling.size(), y, s);
   if (!route(call, index, runs)) return;

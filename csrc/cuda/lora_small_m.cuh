@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kMostThreads, 2) lora_small_m_kernel(const __g
   const LoraEntry* const entries = call.entry + projection * call.adapters;
   if (column - cluster.rank * call.block_columns >= columns) return;  // the whole cluster: this projection is narrower
   if (threadIdx.x < 32) sort_rows(call, entries, first_row, scratch);
-  cluster.barrier();  // every block has begun, too, and can be written to
+  cluster.barrier();                                       // every block has begun, too, and can be written to
   if (scratch.tiles == 0 && scratch.outside == 0) return;  // the whole cluster again
   int ranks = 0;
   for (int t = 0; t < scratch.tiles; ++t) ranks = max(ranks, entries[scratch.tile[t].adapter].rank);

@@ -134,7 +134,7 @@ class HostLora(Library):
         self.call(
             "host_lora_small_m", TYPES[x.dtype], type_of_a, x, x.stride(0), *x.shape, lists[0], scales, n, lists[1],
             count, index, index is not None and index.dtype == torch.int64, lists[2] if index is None else None,
-            scaling_tensor, s, s.stride(0), s.shape[0], *self.chip,
+            scaling_tensor, s, *((0, 0) if s is None else (s.stride(0), s.shape[0])), *self.chip,
         )  # fmt: skip
 
 

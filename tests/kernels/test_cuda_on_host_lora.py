@@ -93,7 +93,7 @@ ROUTES = {
 def test_rows_get_their_own_adapter(chip, monkeypatch, route, dtype):
     layer = Layer(route, ranks=(4, 16, 5), dtype=dtype)
     ys, s = layer.run(chip, monkeypatch)
-    assert s.shape == (0, 16)
+    assert s is None
     layer.check(ys)
 
 
@@ -216,7 +216,7 @@ def test_every_way_to_name_adapters_and_scaling_gives_the_same_bits(any_chip, mo
     assert torch.equal(layer.run(any_chip, monkeypatch, **options)[0][0], want)
 
 
-@pytest.mark.parametrize("saved_rows", [0, 5, 11])
+@pytest.mark.parametrize("saved_rows", [1, 5, 11])
 def test_the_rows_of_s_that_are_kept(chip, monkeypatch, saved_rows):
     layer = Layer(ROUTES["mixed"][:11], k=40, columns=(24, 8), ranks=(3, 136, 5))
     _, s = layer.run(chip, monkeypatch, saved_rows=saved_rows)

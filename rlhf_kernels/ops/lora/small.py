@@ -45,10 +45,10 @@ def forward(
     scaling_tensor: Tensor | None,
     order: Tensor | None,
     saved_rows: int,
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[list[Tensor], Tensor | None]:
     """See `tier.Tier`."""
     ys = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases)]
-    s = x.new_zeros(saved_rows, sum(widths(lora_a, len(weights))))
+    s = x.new_zeros(saved_rows, sum(widths(lora_a, len(weights)))) if saved_rows else None
     if index is not None and index.dtype not in (torch.int32, torch.int64):
         index = index.int()
     index = index.contiguous() if index is not None and runs is None else None

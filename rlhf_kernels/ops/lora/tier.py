@@ -68,8 +68,8 @@ class Tier(Protocol):
 
 
 TIERS: tuple[tuple[registry.Backend, Tier], ...] = (  # in order of preference
-    ("native", tiles),
     ("native", small),
+    ("native", tiles),
     ("native", library),
 )
 
