@@ -117,7 +117,7 @@ struct Floats {
 // One word of depth: each row's word of A broadcast to all parts of B's row.
 template <typename Op, int kRows, int kParts>
 AVX512 inline __attribute__((always_inline)) void one_word(const uint32_t* a, const uint32_t* b,
-                                                            __m512 (&sum)[kRows][kParts]) {
+                                                           __m512 (&sum)[kRows][kParts]) {
   typename Op::Register right[kParts];
 #pragma GCC unroll 2
   for (int j = 0; j < kParts; ++j) right[j] = (typename Op::Register)_mm512_loadu_si512(b + 16 * j);
@@ -132,7 +132,7 @@ AVX512 inline __attribute__((always_inline)) void one_word(const uint32_t* a, co
 // kRows rows of the tile from `first` on, 16 kParts columns: all their sums are in registers.
 template <typename Op, int kRows, int kParts>
 AVX512 inline __attribute__((always_inline)) void some_rows(const void* left, const void* right, int64_t first,
-                                                             int64_t words, float* c, bool add) {
+                                                            int64_t words, float* c, bool add) {
   const auto* a = static_cast<const uint32_t*>(left) + first * 16;
   const auto* b = static_cast<const uint32_t*>(right);
   c += first * kTile;
@@ -162,7 +162,7 @@ AVX512 inline __attribute__((always_inline)) void some_rows(const void* left, co
 
 template <typename Op>
 AVX512 inline __attribute__((always_inline)) void whole_tile(const void* a, const void* b, int64_t words, float* c,
-                                                              bool add) {
+                                                             bool add) {
   some_rows<Op, 11, 2>(a, b, 0, words, c, add);
   some_rows<Op, 11, 2>(a, b, 11, words, c, add);
   some_rows<Op, 10, 2>(a, b, 22, words, c, add);
@@ -170,7 +170,7 @@ AVX512 inline __attribute__((always_inline)) void whole_tile(const void* a, cons
 
 template <typename Op>
 AVX512 inline __attribute__((always_inline)) void part_of_tile(const void* a, const void* b, int64_t words, float* c,
-                                                                bool add, Corner corner) {
+                                                               bool add, Corner corner) {
   if (corner.columns <= 16) {
     some_rows<Op, 16, 1>(a, b, 0, words, c, add);
     if (corner.rows > 16) some_rows<Op, 16, 1>(a, b, 16, words, c, add);

@@ -82,7 +82,8 @@ void multiply(const Job& job);
 // The same for few rows and one term a product; false where it is not made for the layout, and nothing is done.
 bool multiply_few(const Job& job);
 
-// out [rank, columns] = left^T right over positions [lo, hi), both [positions, ...]; transposed: out is [columns, rank].
+// out [rank, columns] = left^T right over positions [lo, hi), both [positions, ...]; transposed: out is [columns,
+// rank].
 struct Outer {
   Matrix left, right;  // rank, columns of them along the rows
   int64_t lo, hi;

@@ -59,7 +59,8 @@ void store_tile(const Outer& outer, const float* tile, int64_t rank, int64_t col
 // Panels [first, first + count) of features; left is packed as [rank / 32][steps].
 void some_panels(const bf16::TileUnit& unit, Type words, const Outer& outer, const uint32_t* left, int64_t first,
                  int64_t count, uint32_t* right, float (*sums)[kTileSums]) {
-  const int64_t depth = outer.hi - outer.lo, steps = operand::steps(words, depth), ranks = operand::tiles(outer.left.rows);
+  const int64_t depth = outer.hi - outer.lo, steps = operand::steps(words, depth),
+                ranks = operand::tiles(outer.left.rows);
   const int64_t width = std::min(count * kTile, outer.right.rows - first * kTile);
   std::fill_n(sums[0], ranks * count * kTileSums, 0.0f);
   for (int64_t begin = 0; begin < steps; begin += kStepsPacked) {

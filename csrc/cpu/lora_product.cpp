@@ -22,9 +22,9 @@ using operand::kStepWords;
 using operand::kTile;
 using operand::kTileSums;
 
-constexpr int64_t kPanelBytes = 512 << 10;          // of packed columns held at a time, in the second-level cache
+constexpr int64_t kPanelBytes = 512 << 10;  // of packed columns held at a time, in the second-level cache
 constexpr int64_t kMostPanels = 10;
-constexpr int64_t kLeftBytes = int64_t(16) << 20;   // of packed rows held at a time
+constexpr int64_t kLeftBytes = int64_t(16) << 20;  // of packed rows held at a time
 
 // To the second-level cache; may lie behind the end.
 void prefetch(const uint32_t* p, int64_t words) {
@@ -39,9 +39,7 @@ struct Block {
   uint32_t* packed;
 
   int64_t row_tiles() const { return operand::tiles(rows); }
-  uint32_t* left(int64_t which, int64_t tile) const {
-    return packed + offsets[which] + tile * steps[which] * kStep;
-  }
+  uint32_t* left(int64_t which, int64_t tile) const { return packed + offsets[which] + tile * steps[which] * kStep; }
   // f(lo, hi, adapter) for the spans of a tile, rows [lo, hi) of it.
   template <typename F>
   void spans(int64_t tile, const F& f) const {
@@ -141,8 +139,8 @@ void prepare(const Block& block) {
         operand::left(job.words, m, position, block.left(int64_t(which), i));
       }
       if (job.s_width > 0) {
-        std::fill_n(static_cast<char*>(s_row(job, position, 0)),
-                    rows * job.s_width * (job.words == Type::bf16 ? 2 : 4), 0);
+        std::fill_n(static_cast<char*>(s_row(job, position, 0)), rows * job.s_width * (job.words == Type::bf16 ? 2 : 4),
+                    0);
       }
       for (size_t t = 0; t < adapted.size(); ++t) shrink(block, *adapted[t], i, held[t], sums.data);
     }
@@ -173,7 +171,8 @@ void store_rows(const Block& block, const Output& out, const float (*sums)[kTile
         const float* from = sums[at / kTile] + i * kTile;
         __m512 low = _mm512_load_ps(from), high = _mm512_load_ps(from + 16);
         if (bias != nullptr) {
-          low = _mm512_add_ps(low, _mm512_load_ps(bias + at)), high = _mm512_add_ps(high, _mm512_load_ps(bias + at + 16));
+          low = _mm512_add_ps(low, _mm512_load_ps(bias + at)),
+          high = _mm512_add_ps(high, _mm512_load_ps(bias + at + 16));
         }
         if (adapter == kOutside) low = high = nan;
         if (count - at >= kTile) {
@@ -217,7 +216,8 @@ class Ahead {
 // The tiles of some rows and columns of one product.
 class Region {
  public:
-  Region(const Block& block, const Product& product) : block_(block), product_(product), held_(product.terms.size()), ahead_(product.terms.size()) {
+  Region(const Block& block, const Product& product)
+      : block_(block), product_(product), held_(product.terms.size()), ahead_(product.terms.size()) {
     int64_t panel = 1, rank = 1;
     for (const Term& term : product.terms) {
       panels_.push_back(panel_bytes_ / 4);

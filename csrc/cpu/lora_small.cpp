@@ -18,9 +18,9 @@ namespace {
 using operand::Element;
 using operand::kStepWords;
 
-constexpr int64_t kRows = 4, kColumns = 6;   // of sums in registers
-constexpr int64_t kWide = 10 * kColumns;     // columns whose fp32 sums are held at a time
-constexpr int64_t kOneThread = 1 << 19;      // products that are not worth a second thread
+constexpr int64_t kRows = 4, kColumns = 6;  // of sums in registers
+constexpr int64_t kWide = 10 * kColumns;    // columns whose fp32 sums are held at a time
+constexpr int64_t kOneThread = 1 << 19;     // products that are not worth a second thread
 
 // What a row's chains go on with: the words of its S, and of its adapter's B for the six columns, [6][steps][16].
 struct Tail {
@@ -268,7 +268,8 @@ class Strip {
   void read_adapters(const Term& term, int64_t column, std::vector<Tail>& tails) {
     size_t size = 0;
     for (const Span& span : job_.rows->spans) {
-      if (span.adapter >= 0) size += kColumns * kStepWords * operand::steps(job_.words, term.adapters[span.adapter].rank);
+      if (span.adapter >= 0)
+        size += kColumns * kStepWords * operand::steps(job_.words, term.adapters[span.adapter].rank);
     }
     if (size == 0) return;
     words_.resize(size);

@@ -50,7 +50,8 @@ int64_t size_of(Type type) { return type == Type::single ? 4 : 2; }
 Matrix rows_of(const Tensor& t, const int32_t* order = nullptr) {
   const bool along = t.stride(1) == 1 || t.size(1) <= 1;
   if (!along && order != nullptr) throw std::runtime_error("lora_tiles: rows have gaps");
-  if (!along && t.stride(0) != 1 && t.size(0) > 1) throw std::runtime_error("lora_tiles: neither stride of a matrix is 1");
+  if (!along && t.stride(0) != 1 && t.size(0) > 1)
+    throw std::runtime_error("lora_tiles: neither stride of a matrix is 1");
   return {t.data_ptr(), type_of(t), t.size(0), t.size(1), t.stride(along ? 0 : 1), along, order};
 }
 
@@ -252,6 +253,4 @@ int64_t float_isa() {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(rlhf_kernels, CompositeExplicitAutograd, m) {
-  m.impl("float_isa", TORCH_BOX(&float_isa));
-}
+STABLE_TORCH_LIBRARY_IMPL(rlhf_kernels, CompositeExplicitAutograd, m) { m.impl("float_isa", TORCH_BOX(&float_isa)); }

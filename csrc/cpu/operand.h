@@ -18,8 +18,8 @@ constexpr int64_t kTileSums = kTile * kTile;
 
 enum class Type { bf16, half, single };
 
-// Lines of contiguous elements, `stride` apart: the rows, along the depth, or else all rows at one depth. `order`, where
-// there is one, renumbers the lines.
+// Lines of contiguous elements, `stride` apart: the rows, along the depth, or else all rows at one depth. `order`,
+// where there is one, renumbers the lines.
 struct Matrix {
   const void* data;
   Type type;
@@ -77,9 +77,7 @@ struct Element<Type::half> {
   static constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   using type = uint16_t;
   LANES __m512 load(const uint16_t* p, __mmask16 m) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(m, p)); }
-  LANES void store(uint16_t* p, __mmask16 m, __m512 x) {
-    _mm256_mask_storeu_epi16(p, m, _mm512_cvtps_ph(x, kNearest));
-  }
+  LANES void store(uint16_t* p, __mmask16 m, __m512 x) { _mm256_mask_storeu_epi16(p, m, _mm512_cvtps_ph(x, kNearest)); }
   LANES void store(uint16_t* p, __m512 low, __m512 high) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(low, kNearest));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), _mm512_cvtps_ph(high, kNearest));
