@@ -125,6 +125,8 @@ def cut_to_ranks(
 
 def check_grad_rows(grad_rows: int | None, rows: int, routing: Routing | None) -> int | None:
     """The number of rows that need gradients: the argument, or what the routing says of its entries."""
+    if routing is not None and not isinstance(routing, Routing):
+        raise TypeError(f"routing is {_what(routing)}; it must come from build_routing")
     if grad_rows is None:
         if routing is None or routing.grad_rows is None or not routing.rows:
             return None
@@ -168,8 +170,6 @@ def check_routing(
 def _expand(
     routing: Routing, rows: int, n: int, device: torch.device
 ) -> tuple[Tensor | None, list[int] | None, Tensor | None]:
-    if not isinstance(routing, Routing):
-        raise TypeError(f"routing is {_what(routing)}; it must come from build_routing")
     if routing.adapters != n:
         raise ValueError(f"routing was built for {routing.adapters} adapters; lora_a has {n}")
     if (routing.rows == 0 or rows % routing.rows) and rows != routing.rows:

@@ -4,7 +4,7 @@ Rows of one adapter usually lie together (one role after another), so a batch is
 run is a slice, and a slice of a GEMM's output can be accumulated in place without gathering a row.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -58,20 +58,26 @@ class Routing:
 def build_routing(adapter_index: Tensor, n: int) -> Routing:
     """The routing of an int tensor of adapters (-1: bypass) over `n` adapter slots.
 
-    The tensor itself is kept: overwritten in place, it re-routes the next call (and a replayed CUDA graph). On the CPU
-    it is checked (IndexError outside [-1, n)), now and in every call; on other devices it is taken as it is, with no
-    synchronisation, unless RLHF_KERNELS_CHECK=1.
+    The tensor itself is kept: overwritten in place, it re-routes the next call (and a replayed CUDA graph). One that
+    cannot be flattened without a copy (expanded, transposed) is copied, and its later values are not seen. On the CPU
+    the index is checked (IndexError outside [-1, n)), now and in every call; on other devices it is taken as it is,
+    with no synchronisation, unless RLHF_KERNELS_CHECK=1.
     """
     if not isinstance(adapter_index, Tensor) or not is_index(adapter_index):
         kind = adapter_index.dtype if isinstance(adapter_index, Tensor) else type(adapter_index).__name__
         raise TypeError(f"adapter_index is {kind}; it must be an int tensor")
     if isinstance(n, bool) or not isinstance(n, int) or n < 0:
         raise ValueError(f"n is {n!r}; it must be the number of adapters, an int >= 0")
-    index = adapter_index.view(-1) if adapter_index.is_contiguous() else adapter_index.reshape(-1)
+    index = adapter_index.reshape(-1)
     if checks_values(index):
         check_index(index, n)
     sorts = index.device.type != "cpu" and n > MANY_ADAPTERS
     return Routing(n, index.numel(), index=index, order=index.argsort(stable=True) if sorts else None)
+
+
+def triples(runs: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(start, end, adapter) of every run."""
+    return zip(runs[0::3], runs[1::3], runs[2::3])
 
 
 def is_index(tensor: Tensor) -> bool:

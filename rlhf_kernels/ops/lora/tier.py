@@ -40,8 +40,8 @@ class Tier(Protocol):
         scaling_tensor: Tensor | None,
         order: Tensor | None,
         saved_rows: int,
-    ) -> tuple[list[Tensor], Tensor]:
-        """y [rows, N_p] of every projection, and s."""
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """y [rows, N_p] of every projection, and s; None stands for an s of no rows."""
 
     def backward(
         self,
