@@ -1,7 +1,7 @@
 """What the adapters add, from ranks up to features: Z_p = T_e V_e of every row's own adapter, plus the bias.
 
-Beside the library's GEMMs this is written first, Z for all projections in one launch, and the GEMM then adds its product
-to it (beta = 1): one write of Z where adding it afterwards would read and write Y, and only Z is rounded twice.
+Beside the library's GEMMs this is written first, Z for all projections in one launch, and the GEMM then adds its
+product to it (beta = 1): one write of Z where adding it afterwards would read and write Y, and only Z is rounded twice.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.ops.lora.triton_launch import MOST_SOURCES, Rows, expand_tile, padded, rank_block
+from rlhf_kernels.ops.logprob.triton_tiles import chip
+from rlhf_kernels.ops.lora.triton_launch import MOST_SOURCES, Rows, expand_tile_on, padded, rank_block
 from rlhf_kernels.ops.lora.triton_parts import bias_of, columns_before, expanded, number, rows_of_tile, source
 
 
@@ -64,7 +65,7 @@ def _launch(
     widths = [out.shape[1] for out in outs]
     if rows.live == 0 or max(widths) == 0:
         return
-    tile = expand_tile(t.device, t.dtype)
+    tile = expand_tile_on(chip(t.device), t.dtype)
     tiles_n = triton.cdiv(max(widths), tile.bn)
     expand[(triton.cdiv(rows.total, tile.bm) * tiles_n, len(outs))](
         t, *padded(packs), *padded(biases), *padded(outs), rows.index, rows.order, *padded(widths), *padded(ranks),

@@ -7,7 +7,6 @@ registers only while the accumulator is still empty. The same kernel gives dX = 
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from rlhf_kernels.ops.logprob.triton_sums import halves
 from rlhf_kernels.ops.logprob.triton_tiles import Tile, chip, processors, tma_fits
 from rlhf_kernels.ops.logprob.triton_tiles import source as block_source
-from rlhf_kernels.ops.lora.triton_launch import MOST_SOURCES, Rows, gemm_ranks_on, gemm_tile_on, padded
+from rlhf_kernels.ops.lora.triton_launch import MOST_SOURCES, Rows, aligned, gemm_ranks_on, gemm_tile_on, padded
 from rlhf_kernels.ops.lora.triton_parts import bias_of, expanded, rows_of_tile
 
 
@@ -120,17 +119,22 @@ def fits(sources: Sequence[Tensor], weights: Sequence[Tensor], rows: Rows) -> bo
         return False
     turned = {w.stride(1) != 1 for w in weights}
     held = [w.t() if w.stride(1) != 1 else w for w in weights]
-    tile = _tile(rows, sources[0].device, len(sources) > 1)
-    width = weights[0].shape[0] * sources[0].element_size()
+    tile = _tile(rows, weights)
+    width = weights[0].shape[0]
     if tile is None or len(turned) > 1 or any(w.stride(1) != 1 for w in held):
         return False
+    if not tma_fits(*sources, *held) or width * sources[0].element_size() % 16 != 0:
+        return False
     if tile.tma:
-        return width % 16 == 0 and tma_fits(*sources, *held)
-    return all(u.shape[1] % tile.bk == 0 for u in sources)
+        return True
+    even = all(u.shape[1] % tile.bk == 0 for u in sources)
+    return even and aligned(width, *[matrix.stride(0) for matrix in (*sources, *held)])
 
 
-def _tile(rows: Rows, device: torch.device, several: bool) -> Tile | None:
-    return gemm_tile_on(chip(device), rows.order is not None, several)
+def _tile(rows: Rows, weights: Sequence[Tensor]) -> Tile | None:
+    return gemm_tile_on(
+        chip(rows.index.device), rows.order is not None, len(weights) > 1, weights[0].stride(1) != 1
+    )  # fmt: skip
 
 
 def product(
@@ -151,7 +155,7 @@ def product(
     turned = weights[0].stride(1) != 1
     held = [w.t() if turned else w for w in weights]
     sources, target = [u[: rows.live] for u in sources], out[: rows.live]
-    tile = _tile(rows, out.device, len(sources) > 1)
+    tile = _tile(rows, weights)
     assert tile is not None
     arguments = operands(tile, sources, held, target, turned)
     depths, rank, width = [u.shape[1] for u in sources], pack.shape[1 if rank_first else 2], out.shape[1]

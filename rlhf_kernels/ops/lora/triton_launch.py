@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels.ops.logprob.triton_tiles import Tile, chip
+from rlhf_kernels.ops.logprob.triton_tiles import Tile
 
 MOST_SOURCES = 3  # matrices that one launch takes: q, k, v; more are several launches
 
@@ -69,23 +69,21 @@ def rank_block(rank: int, most: int = 64) -> int:
     return min(most, max(16, power_of_2(rank)))
 
 
-def shrink_tile(device: torch.device, dtype: torch.dtype, rank: int) -> ShrinkTile:
-    return shrink_tile_on(chip(device), dtype, rank)
+def aligned(*numbers: int) -> bool:
+    """Whether these widths and strides let loads be whole vectors; else a tile's addresses take many registers."""
+    return all(number % 16 == 0 for number in numbers)
 
 
-def shrink_tile_on(arch: str, dtype: torch.dtype, rank: int) -> ShrinkTile:
+def shrink_tile_on(arch: str, dtype: torch.dtype, rank: int, vectors: bool = True) -> ShrinkTile:
     """64 rows, so that a few thousand rows fill the chip; deep stages, because it is bound by reading."""
     if arch == "interpreter":
         return ShrinkTile(32, rank_block(rank, 32), 64, 4, 1)
     if dtype == torch.float32:
         return ShrinkTile(32, rank_block(rank, SINGLE_BLOCK), 32, 4, 2)
-    if arch == "gfx942":
+    if arch == "gfx942" or not vectors:
         return ShrinkTile(64, rank_block(rank, 64), 64, 4, 2)
-    return ShrinkTile(64, rank_block(rank, 128), 64, 8 if rank > 64 else 4, 4)
-
-
-def expand_tile(device: torch.device, dtype: torch.dtype) -> ExpandTile:
-    return expand_tile_on(chip(device), dtype)
+    wide = rank > 64
+    return ShrinkTile(64, rank_block(rank, 128), 64, 8 if wide else 4, 4 if wide or arch == "sm_80" else 6)
 
 
 def expand_tile_on(arch: str, dtype: torch.dtype) -> ExpandTile:
@@ -96,15 +94,13 @@ def expand_tile_on(arch: str, dtype: torch.dtype) -> ExpandTile:
     return ExpandTile(64, 128, 8, 2)
 
 
-def outer_tile(device: torch.device, dtype: torch.dtype, rank: int) -> OuterTile:
-    return outer_tile_on(chip(device), dtype, rank)
-
-
-def outer_tile_on(arch: str, dtype: torch.dtype, rank: int) -> OuterTile:
+def outer_tile_on(arch: str, dtype: torch.dtype, rank: int, vectors: bool = True) -> OuterTile:
     if arch == "interpreter":
         return OuterTile(128, rank_block(rank, 64), 32, 4, 1)
     if dtype == torch.float32:
         return OuterTile(64, rank_block(rank, SINGLE_BLOCK), 32, 4, 2)
+    if not vectors:
+        return OuterTile(64, rank_block(rank, 64), 32, 8, 2)
     if arch == "gfx942":
         return OuterTile(128, rank_block(rank, 64), 64, 4, 2)
     if arch == "sm_80":
@@ -125,7 +121,7 @@ POINTERS = {  # where rows come in an order
     "sm_100": Tile(128, 128, 64, 8, 4),
     "interpreter": Tile(32, 64, 64, 4, 1, group=2),
 }
-SEVERAL = {**GEMM, "sm_80": Tile(128, 64, 64, 8, 4)}  # several products summed: their addresses take registers
+NARROW = {"sm_80": Tile(128, 64, 64, 8, 4)}  # where addresses take more registers: several products, or W by columns
 
 
 def gemm_ranks_on(arch: str, rank: int) -> int:
@@ -133,11 +129,12 @@ def gemm_ranks_on(arch: str, rank: int) -> int:
     return rank_block(rank, 32 if arch == "gfx942" else 64)
 
 
-def gemm_tile_on(arch: str, ordered: bool, several: bool) -> Tile | None:
-    """None where both would spill."""
-    if ordered:
-        return None if several else POINTERS[arch]
-    return (SEVERAL if several else GEMM)[arch]
+def gemm_tile_on(arch: str, ordered: bool, several: bool, turned: bool) -> Tile | None:
+    """None for several products in an order, which would spill."""
+    if several and ordered:
+        return None
+    tile = (POINTERS if ordered else GEMM)[arch]
+    return NARROW.get(arch, tile) if several or turned else tile
 
 
 def power_of_2(n: int, up: bool = True) -> int:

@@ -15,8 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.ops.logprob.triton_tiles import processors
-from rlhf_kernels.ops.lora.triton_launch import MOST_SOURCES, OuterTile, Rows, outer_tile, padded, power_of_2
+from rlhf_kernels.ops.logprob.triton_tiles import chip, processors
+from rlhf_kernels.ops.lora.triton_launch import (
+    MOST_SOURCES,
+    OuterTile,
+    Rows,
+    aligned,
+    outer_tile_on,
+    padded,
+    power_of_2,
+)
 from rlhf_kernels.ops.lora.triton_parts import LAST, columns_before, number, source
 from rlhf_kernels.ops.lora.triton_shrink import join
 
@@ -109,7 +117,8 @@ def outer_products(
     places = [sum(sizes[:p]) for p in range(len(sizes))]
     if rows.live == 0 or sum(sizes) == 0:
         return [torch.zeros(s, device=t.device, dtype=torch.float32) for s in shape]
-    tile = outer_tile(t.device, t.dtype, max(ranks))
+    vectors = aligned(*ranks, *[number for u in sources for number in (u.shape[1], u.stride(0))])
+    tile = outer_tile_on(chip(t.device), t.dtype, max(ranks), vectors)
     grid = (triton.cdiv(max(widths), tile.bc) * triton.cdiv(max(ranks), tile.br), len(sources) * n)
     wanted = min(MOST_SPLITS, 2 * processors(t.device) // (grid[0] * grid[1]), triton.cdiv(rows.live, 2 * tile.bm))
     splits = power_of_2(max(1, wanted), up=False)

@@ -20,12 +20,12 @@ def shipped(arch: str) -> list[Shipped]:
         _made("lora_joined", triton_shrink.joined, {"parts": "*fp32", "out": "*bf16", "count": "i32", "splits": "i32"},
               {"BLOCK": triton_shrink.JOINED_BLOCK}),
         _expand("lora_expand (y of three, r 64, bias)", arch, rank=64, sources=3, bias=True),
-        _expand("lora_expand (dX, fp32)", arch, rank=16, kind="fp32", rank_first=True),
         _gemm("lora_gemm (y, r 16)", arch, rank=16),
         _gemm("lora_gemm (dX of three, r 64)", arch, rank=64, sources=3, turned=True, rank_first=True),
         _gemm("lora_gemm (y, r 64, bias, order)", arch, rank=64, bias=True, ordered=True),
         _outer("lora_outer (dA, r 128)", arch, rank=128, rank_first=True),
         _outer("lora_outer (dB of three, r 16, order)", arch, rank=16, sources=3, ordered=True),
+        _outer("lora_outer (dB of three, r 64, order, any width)", arch, rank=64, sources=3, ordered=True, even=False),
         _outer("lora_outer (dB, fp32)", arch, rank=32, kind="fp32"),
         _made("lora_spans", triton_outer.find_spans, {"spans": "*i32"},
               {"ORDERED": True, "BLOCK": triton_outer.SPAN_BLOCK}, ordered=True),
@@ -69,7 +69,7 @@ def _shrink(
     name: str, arch: str, *, rank: int, kind: str = "bf16", sources: int = 1, rank_first: bool = True,
     ordered: bool = False, even: bool = True,
 ) -> Shipped:  # fmt: skip
-    tile = launch.shrink_tile_on(arch, KINDS[kind], rank)
+    tile = launch.shrink_tile_on(arch, KINDS[kind], rank, even)
     constants = _common(sources, ordered, rank_first)
     constants |= {"EVEN": even, "BM": tile.bm, "BR": tile.br, "BK": tile.bk}
     types = {"u": f"*{kind}", "v": f"*{kind}", "out": f"*{kind}"}
@@ -92,7 +92,7 @@ def _gemm(
     name: str, arch: str, *, rank: int, sources: int = 1, turned: bool = False, rank_first: bool = False,
     bias: bool = False, ordered: bool = False,
 ) -> Shipped:  # fmt: skip
-    tile = launch.gemm_tile_on(arch, ordered, sources > 1)
+    tile = launch.gemm_tile_on(arch, ordered, sources > 1, turned)
     assert tile is not None
     constants = _common(sources, ordered, rank_first)
     constants |= {
@@ -110,10 +110,10 @@ def _gemm(
 
 def _outer(
     name: str, arch: str, *, rank: int, kind: str = "bf16", sources: int = 1, rank_first: bool = False,
-    ordered: bool = False,
+    ordered: bool = False, even: bool = True,
 ) -> Shipped:  # fmt: skip
-    tile = launch.outer_tile_on(arch, KINDS[kind], rank)
+    tile = launch.outer_tile_on(arch, KINDS[kind], rank, even)
     constants = _common(sources, ordered, rank_first) | {"BC": tile.bc, "BR": tile.br, "BM": tile.bm}
     types = {"t": f"*{kind}", "u": f"*{kind}", "out": "*fp32", "spans": "*i32"}
     return _made(name, triton_outer.outer, types, constants, tile, sources=sources, ordered=ordered,
-                 gemm=kind != "fp32")  # fmt: skip
+                 gemm=kind != "fp32", even=even)  # fmt: skip

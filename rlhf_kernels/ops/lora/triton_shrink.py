@@ -12,8 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.ops.logprob.triton_tiles import processors
-from rlhf_kernels.ops.lora.triton_launch import MOST_SOURCES, Rows, ShrinkTile, padded, power_of_2, shrink_tile
+from rlhf_kernels.ops.logprob.triton_tiles import chip, processors
+from rlhf_kernels.ops.lora.triton_launch import (
+    MOST_SOURCES,
+    Rows,
+    ShrinkTile,
+    aligned,
+    padded,
+    power_of_2,
+    shrink_tile_on,
+)
 from rlhf_kernels.ops.lora.triton_parts import adapters_in, columns_before, number, occurs, rows_of_tile, source
 
 MOST_SPLITS = 16
@@ -95,7 +103,8 @@ def shrunk(sources: Sequence[Tensor], packs: Sequence[Tensor], rank_first: bool,
     columns, dtype = sum(ranks), sources[0].dtype
     if rows.live == 0 or columns == 0:
         return sources[0].new_empty(rows.live, columns)
-    tile = shrink_tile(sources[0].device, dtype, max(ranks))
+    vectors = aligned(*[number for u in sources for number in (u.shape[1], u.stride(0))])
+    tile = shrink_tile_on(chip(sources[0].device), dtype, max(ranks), vectors)
     blocks = triton.cdiv(max(ranks), tile.br)
     splits, depth = _splits(tile, max(u.shape[1] for u in sources), rows, blocks * len(sources))
     parts = torch.empty(
@@ -110,7 +119,7 @@ def shrunk(sources: Sequence[Tensor], packs: Sequence[Tensor], rank_first: bool,
 def _splits(tile: ShrinkTile, width: int, rows: Rows, programs: int) -> tuple[int, int]:
     """Into how many parts the features are split, and how long a part is."""
     programs *= triton.cdiv(rows.total, tile.bm)
-    wanted = min(MOST_SPLITS, 2 * processors(rows.index.device) // programs, triton.cdiv(width, 4 * tile.bk))
+    wanted = min(MOST_SPLITS, processors(rows.index.device) // programs, triton.cdiv(width, 4 * tile.bk))
     splits = power_of_2(max(1, wanted), up=False)
     return splits, triton.cdiv(triton.cdiv(width, splits), tile.bk) * tile.bk
 

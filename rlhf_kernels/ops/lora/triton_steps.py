@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rlhf_kernels.ops.logprob.triton_tiles import INTERPRETED
 from rlhf_kernels.ops.lora import triton_gemm, triton_tuner
@@ -29,12 +30,12 @@ def forward(
     ranks: Sequence[int],
     rows: Rows,
     saved_rows: int,
-) -> tuple[list[Tensor], Tensor]:
-    """y [rows, N_p] of every projection, and S of the first saved_rows rows."""
+) -> tuple[list[Tensor], Tensor | None]:
+    """y [rows, N_p] of every projection, and S of the first saved_rows rows, None where that is none."""
     n, x = rows.adapters, by_rows(x)
     ys = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
     if rows.live == 0:
-        return ys, x.new_empty(0, sum(ranks))
+        return ys, None
     compact, ranks = ranks, padded_ranks(ranks)
     s = shrunk([x], [stacked_a(lora_a, n, ranks, x.shape[1], x)], True, rows)
     packs = [
@@ -54,8 +55,7 @@ def forward(
     fits = all(triton_gemm.fits([x], [weight], rows) for weight in weights)
     shape = ("forward", tuple(w.shape for w in weights), tuple(ranks), rows.order is None)
     triton_tuner.run(shape, x, rows.live, x.shape[1], _ways(fused, split, x, fits))
-    s = s[:saved_rows]
-    return ys, s if compact == ranks else _cut(s, compact)
+    return ys, _saved(s, saved_rows, compact)
 
 
 def padded_ranks(ranks: Sequence[int]) -> list[int]:
@@ -64,10 +64,13 @@ def padded_ranks(ranks: Sequence[int]) -> list[int]:
     return [-(-rank // 16) * 16 for rank in ranks]
 
 
-def _cut(s: Tensor, ranks: Sequence[int]) -> Tensor:
-    """S with its projections' columns cut down to their ranks."""
-    parts = [part[:, :rank] for part, rank in zip(s.split(padded_ranks(ranks), 1), ranks)]
-    return torch.cat(parts, 1)
+def _saved(s: Tensor, rows: int, ranks: Sequence[int]) -> Tensor | None:
+    """What of S is kept: the first rows, its projections' columns cut down to their ranks."""
+    if rows == 0:
+        return None
+    if list(ranks) == padded_ranks(ranks):
+        return s if rows == s.shape[0] else s[:rows].clone()
+    return torch.cat([part[:rows, :rank] for part, rank in zip(s.split(padded_ranks(ranks), 1), ranks)], 1)
 
 
 def _ways(
@@ -158,15 +161,15 @@ class Backward:
         return _given_out(views, self.lora_a, self.need_a, self.some)
 
     def _db(self, spans: Tensor | None) -> list[Tensor]:
-        """Only of projections some of whose B need it; S's columns of the others between them are skipped by slices."""
+        """Only of projections some of whose B need it; of S their columns, padded as the ranks are."""
         wanted = [p for p in self.present if any(self.need_b[p * self.n : p * self.n + self.n])]
         if spans is None or not wanted:
             return [self.some.new_empty(0) for _ in self.lora_b]
-        ranks = [self.compact[p] for p in wanted]
+        ranks = [self.ranks[p] for p in wanted]
         s = self.s[: self.rows.live]
-        if len(wanted) < self.count:
+        if len(wanted) < self.count or self.ranks != list(self.compact):
             parts = s.split(list(self.compact), 1)
-            s = torch.cat([parts[p] for p in wanted], 1)
+            s = torch.cat([pad(parts[p], (0, self.ranks[p] - self.compact[p])) for p in wanted], 1)
         packs = dict(zip(wanted, outer_products([self.live[p] for p in wanted], s, ranks, False, self.rows, spans)))
         views = [
             packs[i // self.n][i % self.n, :, : b.shape[1]] if i // self.n in packs else b

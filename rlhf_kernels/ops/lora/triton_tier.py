@@ -15,11 +15,13 @@ from rlhf_kernels.ops.lora.library import widths
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-registry.serves("lora_linear", "triton", registry.triton_devices(), DTYPES)
+DEVICES = registry.triton_devices()
+
+registry.serves("lora_linear", "triton", DEVICES, DTYPES)
 
 
 def serves(x: Tensor, weights: Sequence[Tensor], lora_a: Sequence[Tensor], backward: bool) -> bool:
-    return x.dtype in DTYPES and x.device.type in registry.triton_devices() and len(weights) > 0
+    return x.device.type in DEVICES and x.dtype in DTYPES and len(weights) > 0
 
 
 def forward(
@@ -34,7 +36,7 @@ def forward(
     scaling_tensor: Tensor | None,
     order: Tensor | None,
     saved_rows: int,
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[list[Tensor], Tensor | None]:
     """See `tier.Tier`."""
     from rlhf_kernels.ops.lora import triton_index, triton_steps
 
