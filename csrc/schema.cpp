@@ -5,7 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 // Rises with every change of a schema or of its meaning, here and in rlhf_kernels/ops/registry.py, which compares them.
-constexpr long kAbi = 2;
+constexpr long kAbi = 3;
 
 STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
   // logprob: row passes of the head over a block of logits, and the whole op for logits that are already there
@@ -35,6 +35,15 @@ STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
   m.def(
       "logprob_rows_backward(Tensor logits, Tensor target, Tensor temperature, int ignore_index, Tensor coefficients, "
       "Tensor(a!) out) -> ()");
+
+  // lora: P projections that share x, n adapter slots each (a, b: entry p * n + e)
+  m.def(
+      "lora_tiles(Tensor x, Tensor[] w, Tensor[] bias, Tensor[] a, Tensor[] b, Tensor? index, int[] runs, "
+      "float[] scaling, Tensor(a!)[] y, Tensor(b!)? s) -> ()");
+  m.def(
+      "lora_tiles_backward(Tensor[] grad, Tensor[] w, Tensor[] a, Tensor[] b, Tensor? index, int[] runs, "
+      "float[] scaling, Tensor x, Tensor s, int grad_rows, Tensor(a!) dx, Tensor(b!)[] da, Tensor(c!)[] db) -> ()");
+  m.def("float_isa() -> int");
 
   // sampling
   m.def(

@@ -15,9 +15,11 @@ import rlhf_kernels
 from rlhf_kernels.ops import registry
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMAS = {1: "fdf2547aae7535c1", 2: "140d33c51ab2bcdc"}  # ABI -> digest of the schemas that have it
+SCHEMAS = {1: "fdf2547aae7535c1", 2: "140d33c51ab2bcdc", 3: "3ea5c3408527840e"}  # ABI -> digest of the schemas that have it
 ROW_KERNELS = ("mass_chunk", "ratio_chunk", "exp_chunk", "js_chunk", "grad_plain", "grad_ratio", "block_weights")
 ROW_KERNELS += ("load_bf16", "load_half", "store_bf16", "store_half")
+
+UNITS = [("avx512_multiply", "vdpbf16ps"), ("float_multiply", "vfmadd"), ("amx_multiply", "tdpbf16ps")]
 
 built = pytest.mark.skipif(not registry.native_available(), reason="the compiled ops are not built")
 
@@ -64,8 +66,8 @@ def test_the_row_kernels_use_512_bit_registers_where_there_are_some(kernel):
 @built
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the tile units are x86-64's")
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump (binutils) is not installed")
-@pytest.mark.parametrize(("kernel", "instruction"), [("avx512_multiply", "vdpbf16ps"), ("amx_multiply", "tdpbf16ps")])
-def test_the_tile_kernels_use_the_bf16_units_and_keep_their_sums_in_registers(kernel, instruction):
+@pytest.mark.parametrize(("kernel", "instruction"), UNITS)
+def test_the_tile_kernels_use_their_units_and_keep_their_sums_in_registers(kernel, instruction):
     code = re.search(rf"<[^>]*{kernel}\([^>]*\)>:\n(.*?)\n\n", disassembly(), flags=re.DOTALL)
     assert code is not None
     assert instruction in code[1]

@@ -1,5 +1,5 @@
-// The tile units: AMX (four 16 x 16 tiles of sums, two of each operand) and AVX512-BF16 (11 rows x 32 columns of sums
-// in registers at a time).
+// The tile units: AMX (four 16 x 16 tiles of sums, two of each operand), AVX512-BF16 and fp32 (11 rows x 32 columns of
+// sums in registers at a time).
 #include "bf16_tile.h"
 
 #include <cstdlib>
@@ -19,7 +19,7 @@ namespace {
 #ifdef BF16_TILES
 
 #define AMX __attribute__((target("amx-tile,amx-bf16")))
-#define AVX512 __attribute__((target("avx512f,avx512bf16")))
+#define AVX512 __attribute__((target("avx512f,avx512bf16")))  // GCC makes bf16 instructions of nothing but intrinsics
 
 constexpr int64_t kStepA = kTile * 32;  // bf16 of A in a step of 32 k
 constexpr int64_t kStepB = kTile * 16;  // pairs of B in it
@@ -38,8 +38,10 @@ AMX void amx_begin() {
 
 AMX void amx_end() { _tile_release(); }
 
-AMX void amx_multiply(const uint16_t* a, const uint32_t* b, int64_t steps, float* c, bool add) {
+AMX void amx_multiply(const void* left, const void* right, int64_t steps, float* c, bool add) {
   constexpr int kRow = 4 * kTile;  // bytes
+  const auto* a = static_cast<const uint16_t*>(left);
+  const auto* b = static_cast<const uint32_t*>(right);
   if (add) {
     _tile_loadd(0, c, kRow);
     _tile_loadd(1, c + 16, kRow);
@@ -67,50 +69,129 @@ AMX void amx_multiply(const uint16_t* a, const uint32_t* b, int64_t steps, float
   _tile_stored(3, c + 16 * kTile + 16, kRow);
 }
 
-// kRows rows of the tile: 2 kRows accumulators, each word of A broadcast to both halves of B's row.
-template <int kRows>
-AVX512 inline __attribute__((always_inline)) void avx512_rows(const uint16_t* a, int64_t first, const uint32_t* b,
-                                                              int64_t steps, float* c, bool add) {
-  a += first * kTile;
-  c += first * kTile;
-  __m512 sum[kRows][2];
+// One of the four 16 x 16 tiles.
+AMX void amx_quarter(const uint16_t* a, const uint32_t* b, int64_t steps, float* c, bool add) {
+  constexpr int kRow = 4 * kTile;  // bytes
+  if (add) {
+    _tile_loadd(0, c, kRow);
+  } else {
+    _tile_zero(0);
+  }
+  for (int64_t k = 0; k < steps; ++k, a += kStepA, b += kStepB) {
+    _tile_loadd(6, b, kRow);
+    _tile_loadd(4, a, 64);
+    _tile_dpbf16ps(0, 4, 6);
+  }
+  _tile_stored(0, c, kRow);
+}
+
+AMX void amx_corner(const void* left, const void* right, int64_t words, float* c, bool add, Corner corner) {
+  const int64_t steps = (words + 15) / 16;
+  if (corner.rows > 16 && corner.columns > 16) return amx_multiply(left, right, steps, c, add);
+  const auto* a = static_cast<const uint16_t*>(left);
+  const auto* b = static_cast<const uint32_t*>(right);
+  amx_quarter(a, b, steps, c, add);
+  if (corner.columns > 16) amx_quarter(a, b + 16, steps, c + 16, add);
+  if (corner.rows > 16) amx_quarter(a + kStepA / 2, b, steps, c + 16 * kTile, add);
+}
+
+struct Bf16Pairs {
+  using Register = __m512bh;
+  AVX512 static inline __attribute__((always_inline)) __m512 add(__m512 sum, __m512bh a, __m512bh b) {
+    return _mm512_dpbf16_ps(sum, a, b);
+  }
+};
+
+struct Floats {
+  using Register = __m512;
+  AVX512 static inline __attribute__((always_inline)) __m512 add(__m512 sum, __m512 a, __m512 b) {
+    return _mm512_fmadd_ps(a, b, sum);
+  }
+};
+
+// One word of depth: each row's word of A broadcast to all parts of B's row.
+template <typename Op, int kRows, int kParts>
+AVX512 inline __attribute__((always_inline)) void one_word(const uint32_t* a, const uint32_t* b,
+                                                            __m512 (&sum)[kRows][kParts]) {
+  typename Op::Register right[kParts];
+#pragma GCC unroll 2
+  for (int j = 0; j < kParts; ++j) right[j] = (typename Op::Register)_mm512_loadu_si512(b + 16 * j);
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
-    sum[i][0] = add ? _mm512_loadu_ps(c + i * kTile) : _mm512_setzero_ps();
-    sum[i][1] = add ? _mm512_loadu_ps(c + i * kTile + 16) : _mm512_setzero_ps();
-  }
-  for (int64_t k = 0; k < steps; ++k, a += kStepA) {
-    for (int q = 0; q < 16; ++q, b += kTile) {
-      const auto b0 = (__m512bh)_mm512_loadu_si512(b), b1 = (__m512bh)_mm512_loadu_si512(b + 16);
-#pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) {
-        int32_t pair;
-        std::memcpy(&pair, a + i * kTile + 2 * q, 4);
-        const auto word = (__m512bh)_mm512_set1_epi32(pair);
-        sum[i][0] = _mm512_dpbf16_ps(sum[i][0], word, b0);
-        sum[i][1] = _mm512_dpbf16_ps(sum[i][1], word, b1);
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-    _mm512_storeu_ps(c + i * kTile, sum[i][0]);
-    _mm512_storeu_ps(c + i * kTile + 16, sum[i][1]);
+    const auto word = (typename Op::Register)_mm512_set1_epi32(int(a[i * 16]));
+#pragma GCC unroll 2
+    for (int j = 0; j < kParts; ++j) sum[i][j] = Op::add(sum[i][j], word, right[j]);
   }
 }
 
-AVX512 void avx512_multiply(const uint16_t* a, const uint32_t* b, int64_t steps, float* c, bool add) {
-  avx512_rows<11>(a, 0, b, steps, c, add);
-  avx512_rows<11>(a, 11, b, steps, c, add);
-  avx512_rows<10>(a, 22, b, steps, c, add);
+// kRows rows of the tile from `first` on, 16 kParts columns: all their sums are in registers.
+template <typename Op, int kRows, int kParts>
+AVX512 inline __attribute__((always_inline)) void some_rows(const void* left, const void* right, int64_t first,
+                                                             int64_t words, float* c, bool add) {
+  const auto* a = static_cast<const uint32_t*>(left) + first * 16;
+  const auto* b = static_cast<const uint32_t*>(right);
+  c += first * kTile;
+  __m512 sum[kRows][kParts];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kParts; ++j) sum[i][j] = add ? _mm512_loadu_ps(c + i * kTile + 16 * j) : _mm512_setzero_ps();
+  }
+  for (; words >= 16; words -= 16, a += kTile * 15) {
+    for (int q = 0; q < 16; ++q, ++a, b += kTile) one_word<Op, kRows, kParts>(a, b, sum);
+    a += 16;
+  }
+  for (; words > 0; --words, ++a, b += kTile) one_word<Op, kRows, kParts>(a, b, sum);
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kParts; ++j) _mm512_storeu_ps(c + i * kTile + 16 * j, sum[i][j]);
+  }
+}
+
+template <typename Op>
+AVX512 inline __attribute__((always_inline)) void whole_tile(const void* a, const void* b, int64_t words, float* c,
+                                                              bool add) {
+  some_rows<Op, 11, 2>(a, b, 0, words, c, add);
+  some_rows<Op, 11, 2>(a, b, 11, words, c, add);
+  some_rows<Op, 10, 2>(a, b, 22, words, c, add);
+}
+
+template <typename Op>
+AVX512 inline __attribute__((always_inline)) void part_of_tile(const void* a, const void* b, int64_t words, float* c,
+                                                                bool add, Corner corner) {
+  if (corner.columns <= 16) {
+    some_rows<Op, 16, 1>(a, b, 0, words, c, add);
+    if (corner.rows > 16) some_rows<Op, 16, 1>(a, b, 16, words, c, add);
+  } else if (corner.rows <= 16) {
+    some_rows<Op, 8, 2>(a, b, 0, words, c, add);
+    if (corner.rows > 8) some_rows<Op, 8, 2>(a, b, 8, words, c, add);
+  } else {
+    whole_tile<Op>(a, b, words, c, add);
+  }
+}
+
+AVX512 void avx512_multiply(const void* a, const void* b, int64_t steps, float* c, bool add) {
+  whole_tile<Bf16Pairs>(a, b, 16 * steps, c, add);
+}
+
+AVX512 void avx512_corner(const void* a, const void* b, int64_t words, float* c, bool add, Corner corner) {
+  part_of_tile<Bf16Pairs>(a, b, words, c, add, corner);
+}
+
+AVX512 void float_multiply(const void* a, const void* b, int64_t steps, float* c, bool add) {
+  whole_tile<Floats>(a, b, 16 * steps, c, add);
+}
+
+AVX512 void float_corner(const void* a, const void* b, int64_t words, float* c, bool add, Corner corner) {
+  part_of_tile<Floats>(a, b, words, c, add, corner);
 }
 
 void nothing() {}
 
-bool has_avx512_bf16() {
+bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512bf16");
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
 // The chip has it, and Linux lets this process use the tile registers (asked for once, then for all its threads).
@@ -127,20 +208,26 @@ bool has_amx_bf16() {
 #endif
 }
 
-const TileUnit kAmx{Isa::amx, amx_multiply, amx_begin, amx_end};
-const TileUnit kAvx512{Isa::avx512, avx512_multiply, nothing, nothing};
+const TileUnit kAmx{Isa::amx, amx_multiply, amx_corner, amx_begin, amx_end};
+const TileUnit kAvx512{Isa::avx512, avx512_multiply, avx512_corner, nothing, nothing};
+const TileUnit kFloat{Isa::avx512, float_multiply, float_corner, nothing, nothing};
 
-const TileUnit* choose() {
+std::string asked() {
   const char* value = std::getenv("RLHF_KERNELS_CPU_ISA");
-  const std::string asked = value == nullptr ? "" : value;
-  if (asked == "portable" || !has_avx512_bf16()) return nullptr;  // the row passes need AVX-512 beside the tiles
-  if (asked != "avx512_bf16" && has_amx_bf16()) return &kAmx;
-  return &kAvx512;
+  return value == nullptr ? "" : value;
+}
+
+const TileUnit* choose_float() { return asked() == "portable" || !has_avx512() ? nullptr : &kFloat; }
+
+const TileUnit* choose() {  // the passes over a tile need AVX-512 beside the tile units
+  if (choose_float() == nullptr || !__builtin_cpu_supports("avx512bf16")) return nullptr;
+  return asked() != "avx512_bf16" && has_amx_bf16() ? &kAmx : &kAvx512;
 }
 
 #else
 
 const TileUnit* choose() { return nullptr; }
+const TileUnit* choose_float() { return nullptr; }
 
 #endif
 
@@ -148,6 +235,11 @@ const TileUnit* choose() { return nullptr; }
 
 const TileUnit* tile_unit() {
   static const TileUnit* const unit = choose();
+  return unit;
+}
+
+const TileUnit* float_unit() {
+  static const TileUnit* const unit = choose_float();
   return unit;
 }
 

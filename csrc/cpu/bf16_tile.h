@@ -15,10 +15,17 @@ constexpr int64_t kTile = 32;
 
 enum class Isa { portable = 0, avx512 = 1, amx = 2 };
 
+// The part of C that is wanted; the rest of it is written or not.
+struct Corner {
+  int64_t rows, columns;
+};
+
 struct TileUnit {
   Isa isa;
   // steps: k / 32. add: C is added to, else overwritten.
-  void (*multiply)(const uint16_t* a, const uint32_t* b, int64_t steps, float* c, bool add);
+  void (*multiply)(const void* a, const void* b, int64_t steps, float* c, bool add);
+  // The same for a corner of C and any number of words of k (of whole steps in memory, 0 beyond): for what is thin.
+  void (*corner)(const void* a, const void* b, int64_t words, float* c, bool add, Corner corner);
   // Around every run of multiply on a thread: the matrix unit's state is per thread and shared with other libraries.
   void (*begin)();
   void (*end)();
@@ -27,5 +34,8 @@ struct TileUnit {
 // The best unit of this machine, or a lesser one asked for by RLHF_KERNELS_CPU_ISA=amx|avx512_bf16|portable; chosen
 // once. nullptr where there is neither AMX-BF16 nor AVX512-BF16.
 const TileUnit* tile_unit();
+
+// The unit of fp32 operands, a word being one k (so 16 k a step): AVX-512F, or nullptr.
+const TileUnit* float_unit();
 
 }  // namespace bf16

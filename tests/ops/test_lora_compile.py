@@ -3,6 +3,7 @@
 import pytest
 import torch
 from ops.test_lora import ROUTES, K, N, tensors
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from rlhf_kernels.ops.lora import Routing, build_routing, compiled, lora_linear, lora_linears
@@ -98,3 +99,18 @@ def test_it_compiles_under_autocast():
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, call(x))
     assert y.shape == (30, N)
+
+
+def test_shapes_are_known_without_numbers():
+    """On meta tensors, and on fake ones, which is how torch.export and memory estimates run a model."""
+    x, weight, a, b, bias = (t.to("meta").requires_grad_() for t in tensors())
+    y = lora_linear(x, weight, a, b, torch.zeros(30, dtype=torch.long, device="meta"), 0.5, bias)
+    assert (y.shape, y.device.type) == ((30, N), "meta")
+    y.sum().backward()
+    assert a.grad.shape == a.shape
+    with FakeTensorMode():
+        x, weight, a, b, bias = (t.requires_grad_() for t in tensors())
+        y = lora_linear(x, weight, a, b, torch.zeros(30, dtype=torch.long), 0.5, bias)
+        y.sum().backward()
+    assert y.shape == (30, N)
+    assert x.grad.shape == (30, K)

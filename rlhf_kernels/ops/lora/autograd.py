@@ -42,17 +42,17 @@ def apply(
             return apply(
                 x, weights, biases, lora_a, lora_b, index, runs, scaling, scaling_tensor, grad_rows, order
             )  # fmt: skip
-    tracing = torch.compiler.is_compiling()
+    tracing = torch.compiler.is_compiling() or x.is_meta or type(x) not in (Tensor, torch.nn.Parameter)
     if runs is None and index is not None and not tracing:
         runs = checked_runs(index, len(scaling))
     serving = tier.chosen(x, weights, lora_a)
-    if serving is None:
+    if serving is None and not x.is_meta:
         return _naive(x, weights, biases, lora_a, lora_b, index, runs, scaling, scaling_tensor, grad_rows)
     learns = torch.is_grad_enabled() and _any_requires_grad(x, weights, biases, lora_a, lora_b)
-    tracing = tracing or type(x) not in (Tensor, torch.nn.Parameter)
     if scaling_tensor is not None and not tracing:
         scaling, scaling_tensor = on_host(scaling, scaling_tensor)
     if not learns and not tracing:
+        assert serving is not None
         return serving.forward(
             x, weights, biases, lora_a, lora_b, index, runs, scaling, scaling_tensor, order, 0
         )[0]  # fmt: skip

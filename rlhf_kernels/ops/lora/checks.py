@@ -40,7 +40,8 @@ def check_projection(
     a_list, b_list = _unstack("lora_a" + at, lora_a), _unstack("lora_b" + at, lora_b)
     if len(a_list) != len(b_list):
         raise ValueError(f"lora_a{at} has {len(a_list)} adapters, lora_b{at} {len(b_list)}; they must agree")
-    for e, (a, b) in enumerate(zip(a_list, b_list)):
+    stacked = isinstance(lora_a, Tensor) and isinstance(lora_b, Tensor)  # then the first stands for all
+    for e, (a, b) in enumerate(zip(a_list[:1], b_list) if stacked else zip(a_list, b_list)):
         if a.ndim != 2 or a.shape[1] != k:
             raise ValueError(f"lora_a{at} of adapter {e} is {list(a.shape)}; it must be [r, {k}]")
         if b.ndim != 2 or b.shape[0] != n_out or b.shape[1] != a.shape[0]:

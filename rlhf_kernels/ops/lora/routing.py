@@ -26,10 +26,9 @@ class Routing:
     index: Tensor | None = None  # int [rows], the caller's own tensor: overwriting it in place re-routes, at once
     runs: tuple[int, ...] | None = None  # instead of an index: start, end, adapter, start, ... over all rows; -1 bypass
     grad_rows: int | None = None  # only the first grad_rows entries need gradients
-    order: Tensor | None = (
-        None  # int64 [rows]: rows sorted by adapter, made on the device; a stale one costs only speed
-    )
-    _read: dict[str, object] = field(default_factory=dict, repr=False, compare=False)  # what host_runs last saw
+    order: Tensor | None = None  # int64 [rows], sorted by adapter on the device; a stale one costs speed only
+    # what host_runs saw last, and made of it
+    _seen: list[tuple[Tensor, list[int] | None]] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def from_runs(cls, runs: Iterable[tuple[int, int, int]], adapters: int, grad_rows: int | None = None) -> "Routing":
@@ -48,11 +47,9 @@ class Routing:
         index = self.index
         if index is None or index.device.type != "cpu" or torch.compiler.is_compiling():
             return None
-        seen = self._read.get("index")
-        if seen is None or not torch.equal(seen, index):  # type: ignore[arg-type]
-            self._read["runs"] = host_runs(index, self.adapters)
-            self._read["index"] = index.clone()
-        return self._read["runs"]  # type: ignore[return-value]
+        if not self._seen or not torch.equal(self._seen[0][0], index):  # a version counter would miss numpy and .data
+            self._seen[:] = [(index.clone(), host_runs(index, self.adapters))]
+        return self._seen[0][1]
 
 
 def build_routing(adapter_index: Tensor, n: int) -> Routing:

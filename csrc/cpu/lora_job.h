@@ -1,0 +1,111 @@
+// What the CPU kernels of lora_linear work on: rows in an order that puts every adapter's together, products of tiles,
+// and the thin products of the adapters.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "bf16_tile.h"
+#include "buffer.h"
+#include "operand.h"
+
+namespace lora {
+
+using operand::Matrix;
+using operand::Type;
+
+// Positions [lo, hi) of the order belong to one adapter, -1 being none and kOutside an index that names none.
+struct Span {
+  int64_t lo, hi, adapter;
+};
+
+constexpr int64_t kOutside = -2;
+
+struct Rows {
+  int64_t count = 0;
+  std::vector<int32_t> order;  // position -> row; empty where they are the same
+  std::vector<Span> spans;     // in order, without gaps, an adapter at most once
+
+  const int32_t* renumbered() const { return order.empty() ? nullptr : order.data(); }
+  int64_t row(int64_t position) const { return order.empty() ? position : order[position]; }
+};
+
+// One adapter's part of a term: S = scale * left * shrink^T, rounded, then S * expand^T.
+struct Adapter {
+  Matrix shrink, expand;
+  int64_t rank;
+  float scale;
+};
+
+// left [rows, depth] times right^T, right [columns, depth], and its adapters.
+struct Term {
+  int64_t left;  // which of the block's packed matrices
+  Matrix right;
+  std::vector<Adapter> adapters;
+  int64_t s_column;  // where its part of a row of S begins
+};
+
+struct Output {
+  void* data;
+  Type type;
+  int64_t columns, stride;
+  const void* bias;  // of the same type, or nullptr
+};
+
+struct Product {
+  std::vector<Term> terms;  // summed
+  Output out;
+};
+
+// Products that share their rows. S in the unit's own elements (bf16 or fp32): [positions][s_width], given or scratch.
+struct Job {
+  const bf16::TileUnit* unit;
+  Type words;    // bf16 or single: what a word of an operand is
+  Type rounded;  // to which S is rounded
+  std::vector<Matrix> lefts;
+  std::vector<Product> products;
+  const Rows* rows;
+  int64_t s_width;  // a multiple of 32, as every s_column
+  void* s;
+};
+
+void multiply(const Job& job);
+
+// The same for few rows and one term a product; false where it is not made for the layout, and nothing is done.
+bool multiply_few(const Job& job);
+
+// out [rank, columns] = left^T right over positions [lo, hi), both [positions, ...]; transposed: out is [columns, rank].
+struct Outer {
+  Matrix left, right;  // rank, columns of them along the rows
+  int64_t lo, hi;
+  void* out;
+  Type type;
+  int64_t stride;
+  bool transposed;
+};
+
+void multiply_outer(const bf16::TileUnit& unit, Type words, const std::vector<Outer>& outers);
+
+#ifdef BF16_TILES
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+
+namespace {
+
+inline char* s_row(const Job& job, int64_t position, int64_t column) {
+  return static_cast<char*>(job.s) + (position * job.s_width + column) * (job.words == Type::bf16 ? 2 : 4);
+}
+
+// S to x's dtype, where its elements are wider than that.
+LANES __m512 round_s(const Job& job, __m512 s) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return job.rounded == Type::half ? _mm512_cvtph_ps(_mm512_cvtps_ph(s, kNearest)) : s;
+}
+
+}  // namespace
+
+#pragma GCC pop_options
+
+#endif
+
+}  // namespace lora

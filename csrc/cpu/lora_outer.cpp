@@ -1,0 +1,134 @@
+// Gradients of the adapters: sums over the rows of one adapter, dA = dS^T X and dB^T = S^T dY. The rank is the tile's
+// rows, features its lanes, so the wide operand is packed as it lies; rows are summed in their order, whole, by one
+// task: the same bits on any number of threads.
+#include "lora_job.h"
+
+#ifdef BF16_TILES
+
+#include <torch/csrc/stable/ops.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+
+namespace lora {
+namespace {
+
+using operand::kStep;
+using operand::kStepWords;
+using operand::kTile;
+using operand::kTileSums;
+
+constexpr int64_t kStepsAtOnce = 10;
+constexpr int64_t kStepsPacked = 32;  // of rows, packed at a time
+constexpr int64_t kPanels = 4;        // of 32 features
+
+// A tile into rows, or into columns, of any type.
+template <typename E>
+void store(const float* tile, int64_t rows, int64_t columns, bool transposed, typename E::type* out, int64_t stride) {
+  if (!transposed) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t at = 0; at < columns; at += 16) {
+        E::store(out + i * stride + at, operand::first16(columns - at), _mm512_loadu_ps(tile + i * kTile + at));
+      }
+    }
+    return;
+  }
+  for (int64_t at = 0; at < rows; at += 16) {
+    for (int64_t half = 0; half < columns; half += 16) {
+      __m512i r[16];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(tile + (at + i) * kTile + half);
+      lanes::transpose(r);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i) {
+        if (half + i >= columns) continue;
+        E::store(out + (half + i) * stride + at, operand::first16(rows - at), _mm512_castsi512_ps(r[i]));
+      }
+    }
+  }
+}
+
+void store_tile(const Outer& outer, const float* tile, int64_t rank, int64_t column) {
+  const int64_t rows = std::min(kTile, outer.left.rows - rank), columns = std::min(kTile, outer.right.rows - column);
+  operand::with_element(outer.type, [&](auto element) {
+    using E = decltype(element);
+    const int64_t at = outer.transposed ? column * outer.stride + rank : rank * outer.stride + column;
+    store<E>(tile, rows, columns, outer.transposed, static_cast<typename E::type*>(outer.out) + at, outer.stride);
+  });
+}
+
+// Panels [first, first + count) of features; left is packed as [rank / 32][steps].
+void some_panels(const bf16::TileUnit& unit, Type words, const Outer& outer, const uint32_t* left, int64_t first,
+                 int64_t count, uint32_t* right, float (*sums)[kTileSums]) {
+  const int64_t depth = outer.hi - outer.lo, steps = operand::steps(words, depth), ranks = operand::tiles(outer.left.rows);
+  const int64_t width = std::min(count * kTile, outer.right.rows - first * kTile);
+  std::fill_n(sums[0], ranks * count * kTileSums, 0.0f);
+  for (int64_t begin = 0; begin < steps; begin += kStepsPacked) {
+    const int64_t held = std::min(kStepsPacked, steps - begin);
+    const int64_t from = begin * kStepWords * operand::per_word(words);
+    const int64_t taken = std::min(depth - from, held * kStepWords * operand::per_word(words));
+    operand::right(words, outer.right, first * kTile, width, right, outer.lo + from, taken);
+    for (int64_t s = 0; s < held; s += kStepsAtOnce) {
+      const int64_t n = std::min(kStepsAtOnce, held - s);
+      for (int64_t r = 0; r < ranks; ++r) {
+        const bf16::Corner corner{outer.left.rows - r * kTile, kTile};
+        for (int64_t j = 0; j < count; ++j) {
+          unit.corner(left + (r * steps + begin + s) * kStep, right + (j * held + s) * kStep, n * kStepWords,
+                      sums[r * count + j], true, corner);
+        }
+      }
+    }
+  }
+  for (int64_t r = 0; r < ranks; ++r) {
+    for (int64_t j = 0; j < count; ++j) store_tile(outer, sums[r * count + j], r * kTile, (first + j) * kTile);
+  }
+}
+
+}  // namespace
+
+void multiply_outer(const bf16::TileUnit& unit, Type words, const std::vector<Outer>& outers) {
+  struct Task {
+    size_t outer;
+    int64_t first, count;
+  };
+  std::vector<int64_t> offsets;
+  std::vector<std::pair<size_t, int64_t>> strips;  // of left matrices: which one, which 32 of its ranks
+  std::vector<Task> tasks;
+  int64_t size = 0, most = 1;
+  for (size_t o = 0; o < outers.size(); ++o) {
+    const Outer& outer = outers[o];
+    const int64_t ranks = operand::tiles(outer.left.rows), panels = operand::tiles(outer.right.rows);
+    offsets.push_back(size);
+    size += ranks * operand::steps(words, outer.hi - outer.lo) * kStep;
+    most = std::max(most, ranks);
+    for (int64_t r = 0; r < ranks; ++r) strips.push_back({o, r});
+    for (int64_t j = 0; j < panels; j += kPanels) tasks.push_back({o, j, std::min(kPanels, panels - j)});
+  }
+  Buffer<uint32_t> left(size + 1);
+  torch::stable::parallel_for(0, int64_t(strips.size()), 1, [&](int64_t lo, int64_t hi) {
+    for (int64_t i = lo; i < hi; ++i) {
+      const auto [o, r] = strips[i];
+      const Outer& outer = outers[o];
+      const int64_t depth = outer.hi - outer.lo;
+      uint32_t* to = left.data + offsets[o] + r * operand::steps(words, depth) * kStep;
+      operand::left(words, outer.left, r * kTile, to, outer.lo, depth);
+    }
+  });
+  torch::stable::parallel_for(0, int64_t(tasks.size()), 1, [&](int64_t lo, int64_t hi) {
+    Buffer<uint32_t> right(kPanels * kStepsPacked * kStep);
+    Buffer<float[kTileSums]> sums(most * kPanels);
+    unit.begin();
+    for (int64_t i = lo; i < hi; ++i) {
+      const Task& task = tasks[i];
+      some_panels(unit, words, outers[task.outer], left.data + offsets[task.outer], task.first, task.count, right.data,
+                  sums.data);
+    }
+    unit.end();
+  });
+}
+
+}  // namespace lora
+
+#pragma GCC pop_options
+
+#endif
