@@ -1,6 +1,6 @@
 """Times the ops beside their peers, reports their errors, and renders the results.
 
-python -m benchmarks head --memory --json FILE     times, peak memory and targets (also: gae, lora)
+python -m benchmarks lora --memory --json FILE     times, peak memory and targets (also: gae, head)
 python -m benchmarks numerics --write              errors against float64, into docs/kernels.md
 python -m benchmarks table FILES --write           tables of result files, into benchmarks/README.md
 """
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name)
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         command.add_argument("--rounds", type=int, help="timed runs of each contestant (5; on a GPU 20)")
-        command.add_argument("--only", metavar="TEXT", help="only cases whose name holds TEXT")
+        command.add_argument("--only", metavar="TEXT", help="only cases whose name holds TEXT (lora: also sweep)")
         command.add_argument(
             "--who", metavar="TEXT", nargs="+", default=(), help="only contestants whose name holds one"
         )
@@ -67,12 +67,10 @@ def _benchmark(args: argparse.Namespace) -> None:
         chosen = next(c for c in cases if c.name == case)
         print(f'{{"peak_bytes": {memory.peak_of(chosen, contestant, args.device)}}}')
         return
-    if args.only:
-        chosen_cases = [c for c in cases if args.only in c.name]
-        if not chosen_cases:
-            sys.exit(f"--only {args.only!r}: no such case; there are:\n" + "\n".join(c.name for c in cases))
-        cases = chosen_cases
-    result = runner.run_benchmark(args.name, cases, args.device, args.rounds, args.memory, args.who, _progress)
+    asked = runner.asked_for(cases, args.only)
+    if not asked:
+        sys.exit(f"--only {args.only!r}: no such case; there are:\n" + "\n".join(c.name for c in cases))
+    result = runner.run_benchmark(args.name, asked, args.device, args.rounds, args.memory, args.who, _progress)
     print(f"\n{tables.heading(result)}. {tables.provenance(result)}\n")
     for case in tables.by_case(result):
         tables.print_case(result, case)

@@ -46,13 +46,24 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Check:
+    """A promise about what ours computes: an error that may be `at_most` this large."""
+
+    what: str
+    error: float
+    at_most: float
+
+
+@dataclass(frozen=True)
 class Case:
     """One piece of work.
 
     `build(tiny)` makes the inputs and returns the contestants by name; with `tiny` the same work on a shape of a few
     rows, which warms the libraries up before memory is measured. `base` is the contestant that speeds refer to.
     `memory` False leaves the case out of `--memory`. `budget_s` is how long one contestant's timed runs may take in
-    all: a slow one gets fewer rounds, but `least_rounds`.
+    all: a slow one gets fewer rounds, but `least_rounds`. `rounds` is for a case that wants another number of
+    them than its device. `checks()` compares results, once, after the clock. An `extra` case runs only where its name
+    begins with what `--only` says.
     """
 
     name: str
@@ -62,6 +73,9 @@ class Case:
     memory: bool = True
     budget_s: float = 20.0
     least_rounds: int = 1
+    rounds: int | None = None
+    checks: Callable[[], list[Check]] | None = None
+    extra: bool = False
 
 
 def ready(run: Run) -> Prepare:

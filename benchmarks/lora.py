@@ -1,80 +1,176 @@
-"""A LoRA linear, forward and backward, and three roles in one call: ours beside PEFT's layer and the bare linear."""
+"""`lora_linear` beside every peer: one layer forward and backward, decoding, several roles in one call, whole blocks.
 
-from typing import Any
+Shapes are layers of 0.5B, 3B and 8B models; a CPU gets fewer rows than a GPU. Every contestant gets the same x, frozen
+weight, adapters and gradient of y. "Frozen linear" is the yardstick: the layer without adapters, which is the least
+that the work can take.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 
 import torch
-from torch import nn
 
-from benchmarks.case import OURS, Case, Prepare, Run, ready
-from benchmarks.peers import attribute
-from rlhf_kernels import build_routing, lora_linear
+from benchmarks import lora_block as blocks
+from benchmarks import lora_peers as peers
+from benchmarks import lora_sweep as sweep
+from benchmarks.case import OURS, Case, Check, Prepare, Run, Target
+from benchmarks.lora_block import ACTOR, CRITIC, Block
+from benchmarks.lora_layer import Layer, Work, captured, make_inputs, runs
 
-TINY = 16
+NAMES: dict[Work, str] = {"forward": "forward only", "both": "forward + backward"}
+RANKS = (8, 16, 64, 128)
+MODELS = {  # the widest layer, in -> out, and the narrowest of each
+    "0.5B": ((896, 4864), (896, 896)),
+    "3B": ((3072, 8192), (3072, 3072)),
+    "8B": ((4096, 14336), (4096, 4096)),
+}
+RANKS_OF = "3B"  # whose narrow layer takes every rank
+LAYER_ROWS = {"cpu": 512, "cuda": 8192}
+WIDTH = {"cpu": 2048, "cuda": 4096}  # of the layers with targets
+CONTRACT_ROWS = {"cpu": 1024, "cuda": 8192}
+DECODE_ROWS = (1, 4, 16, 64)
+DECODE_ADAPTERS = 8
+ROLE_ROWS = (1024, 16, 4)
+MANY_ADAPTERS = 32
+SWEEP_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+ROUNDS = {"cpu": 5, "cuda": 6}
+TARGET_ROUNDS = {"cpu": 15, "cuda": 20}
+BUDGET_S = {"cpu": 2.5, "cuda": 1.0}  # of one contestant's timed runs in a case; six minutes in all
+LONG_BUDGET_S = {"cpu": 8.0, "cuda": 3.0}  # in cases with targets, and of blocks
+
+ALONE = (Target(peers.PEFT_LOW, at_least=1.0), Target(peers.ADDMM, at_least=1.0))
+CONTRACT_TARGETS = {
+    ("cpu", 16): (Target(peers.FROZEN, at_most=1.10), Target(peers.PEFT, at_least=1.25), *ALONE),
+    ("cpu", 64): (Target(peers.FROZEN, at_most=1.15), Target(peers.PEFT, at_least=1.4), *ALONE),
+    ("cuda", 16): (Target(peers.FROZEN, at_most=1.10), Target(peers.PEFT, at_least=1.6), *ALONE),
+}
+ROLE_TARGETS = {1024: 1.17, 16: 2.3, 4: 3.6}  # over three passes of PEFT
 
 
-def peft_layer(base: nn.Linear, names: list[str], r: int) -> Any:
-    """PEFT's wrapped linear with these adapters; Unavailable where PEFT is not installed."""
-    config_class, linear_class = attribute("peft", "LoraConfig"), attribute("peft.tuners.lora", "Linear")
-    config = config_class(r=r, lora_alpha=r, init_lora_weights=False)
-    layer = linear_class(base, names[0], config=config, r=r, lora_alpha=r)
-    for name in names[1:]:
-        layer.update_layer(name, r, lora_alpha=r, config=config)
-    return layer.to(base.weight.device)
+def cases(device: str = "cpu") -> Iterator[Case]:
+    """Memory is measured for the layers with targets and for one adapter on a block."""
+    width = WIDTH[device]
+    for r in (16, 64):
+        contract = Layer(CONTRACT_ROWS[device], width, width, r)
+        yield _layer("both", contract, device, peers.ONE_ADAPTER, CONTRACT_TARGETS.get((device, r), ()), memory=True)
+    yield from _roles(device)
+    yield from _blocks(device)
+    if device == "cpu":
+        one = tuple(name for name in peers.ONE_ADAPTER if name not in (peers.OURS_FP32, peers.PEFT_LOW))
+        yield _layer("both", Layer(1024, width, width, dtype=torch.float32), device, one)
+    yield from _layers(device)
+    yield from _many(device)
+    yield from _decode(device)
+    yield from _sweep(device)
 
 
-def one_adapter(rows: int, width: int, r: int, device: str) -> Case:
+def _layers(device: str) -> Iterator[Case]:
+    for model, sizes in MODELS.items():
+        for width, out in sizes:
+            for r in RANKS if model == RANKS_OF and width == out else (16,):
+                for work in NAMES:
+                    layer = Layer(LAYER_ROWS[device], width, out, r)
+                    yield _layer(work, layer, device, peers.ONE_ADAPTER, note=f" ({model})")
+
+
+def _roles(device: str) -> Iterator[Case]:
+    for rows in ROLE_ROWS:
+        layer = Layer(3 * rows, WIDTH["cpu"], WIDTH["cpu"], adapters=2, routed="roles")
+        faster = Target(peers.PEFT_PASSES, at_least=ROLE_TARGETS[rows])
+        targets = (faster, Target(peers.PEFT_LOW_PASSES, at_least=1.0)) if device == "cpu" else ()
+        name = f"actor, critic and no adapter, {rows} rows each, in one call"
+        yield _layer("forward", layer, device, peers.ROLES, targets, name=name)
+
+
+def _many(device: str) -> Iterator[Case]:
+    layer = Layer(CONTRACT_ROWS[device], WIDTH[device], WIDTH[device], adapters=MANY_ADAPTERS, routed="scattered")
+    for work in NAMES:
+        yield _layer(work, layer, device, peers.MANY, name=f"{MANY_ADAPTERS} adapters, rows scattered, {NAMES[work]}")
+
+
+def _decode(device: str) -> Iterator[Case]:
+    wide = MODELS["8B"][0]
+    for width, out in ((WIDTH["cpu"], WIDTH["cpu"]), wide):
+        for rows in DECODE_ROWS:
+            one = Layer(rows, width, out)
+            yield _layer("forward", one, device, peers.DECODE, name="decode, one adapter")
+            if rows > 1:
+                mixed = replace(one, adapters=DECODE_ADAPTERS, routed="mixed")
+                name = f"decode, {DECODE_ADAPTERS} adapters and none in turns"
+                yield _layer("forward", mixed, device, peers.DECODE_MIXED, name=name)
+
+
+def _sweep(device: str) -> Iterator[Case]:
+    """From how many rows on which of our backends is the fastest; only where it is asked for."""
+    for rows in SWEEP_ROWS:
+        for work in NAMES:
+            layer = Layer(rows, WIDTH[device], WIDTH[device])
+            case = _layer(work, layer, device, (peers.FROZEN, OURS), name=f"sweep of rows, {NAMES[work]}")
+            yield replace(case, build=partial(_with_tiers, case.build, layer, work, device), extra=True)
+
+
+def _with_tiers(
+    build: Callable[[bool], dict[str, Prepare]], layer: Layer, work: Work, device: str, tiny: bool
+) -> dict[str, Prepare]:
+    inputs = make_inputs(layer.tiny() if tiny else layer, device)
+    found = {name: sweep.alone(module, work, inputs) for name, module in sweep.names(device).items()}
+    return build(tiny) | found
+
+
+def _layer(
+    work: Work,
+    layer: Layer,
+    device: str,
+    who: tuple[str, ...],
+    targets: tuple[Target, ...] = (),
+    memory: bool = False,
+    name: str = "",
+    note: str = "",
+) -> Case:
     def build(tiny: bool) -> dict[str, Prepare]:
-        torch.manual_seed(0)
-        k, n = (TINY, TINY) if tiny else (width, rows)
-        base = nn.Linear(k, k, bias=False, device=device).requires_grad_(False)
-        a = torch.randn(1, r, k, device=device, requires_grad=True)
-        b = torch.randn(1, k, r, device=device, requires_grad=True)
-        x = torch.randn(n, k, device=device, requires_grad=True)
+        inputs = make_inputs(layer.tiny() if tiny else layer, device)
 
-        def theirs() -> Run:
-            layer = peft_layer(base, ["one"], r)
-            return lambda: layer(x).sum().backward()
+        def prepare(load: peers.Loader) -> Run:
+            linear = load(inputs)
+            run = runs(linear, work, inputs)
+            decodes = device == "cuda" and name.startswith("decode") and not tiny
+            return captured(run) if decodes and linear.captures else run
 
-        return {
-            "frozen linear": ready(lambda: base(x).sum().backward()),
-            "peft": theirs,
-            OURS: ready(lambda: lora_linear(x, base.weight, a, b).sum().backward()),
-        }
+        return {each: partial(prepare, peers.PEERS[each]) for each in who}
 
-    return Case(f"fwd+bwd {rows} x {width} r={r} fp32", build, "frozen linear")
+    base = peers.PEFT_PASSES if layer.routed == "roles" else peers.FROZEN
+    return _case(f"{name or NAMES[work]}: {layer.text()}{note}", build, base, device, targets, memory)
 
 
-def three_roles(rows: int, width: int, r: int, device: str) -> Case:
+def _blocks(device: str) -> Iterator[Case]:
+    """A block of a 0.5B model and one 2,048 wide (a 1B model's)."""
+    for small in (Block(896, 4864, 14, 2), Block(2048, 8192, 32, 8)):
+        block = replace(small, sequences=8, tokens=1024) if device == "cuda" else small
+        yield _block("Llama block, one adapter", block, device, memory=True)
+        hydra = replace(block, r=128, adapters=(ACTOR, CRITIC))
+        yield _block("Llama block, actor and critic on half the sequences each", hydra, device)
+
+
+def _block(name: str, block: Block, device: str, memory: bool = False) -> Case:
     def build(tiny: bool) -> dict[str, Prepare]:
-        torch.manual_seed(0)
-        k, n = (TINY, TINY) if tiny else (width, rows)
-        base = nn.Linear(k, k, bias=False, device=device).requires_grad_(False)
-        a, b = torch.randn(2, r, k, device=device), torch.randn(2, k, r, device=device)
-        x = torch.randn(3 * n, k, device=device)
-        index = torch.tensor([0, 1, -1], device=device).repeat_interleave(n)
-        routing = build_routing(index, 2)
+        return blocks.contestants(block.tiny() if tiny else block, device)
 
-        def theirs() -> Run:
-            layer = peft_layer(base, ["actor", "critic"], r)
-
-            @torch.no_grad()
-            def three_passes() -> None:
-                layer.set_adapter("actor")
-                layer(x[:n])
-                layer.set_adapter("critic")
-                layer(x[n : 2 * n])
-                base(x[2 * n :])
-
-            return three_passes
-
-        @torch.no_grad()
-        def one_call() -> None:
-            lora_linear(x, base.weight, a, b, index, routing=routing)
-
-        return {"peft": theirs, OURS: ready(one_call)}
-
-    return Case(f"three roles, {rows} rows each", build, "peft")
+    checks = partial(blocks.same_step, block, device)
+    return _case(f"{name}, forward + backward: {block.text()}", build, blocks.PEFT, device, (), memory, checks)
 
 
-def cases(device: str = "cpu") -> list[Case]:
-    return [one_adapter(1024, 1024, 16, device), *(three_roles(rows, 1024, 16, device) for rows in (1024, 16, 4))]
+def _case(
+    name: str,
+    build: Callable[[bool], dict[str, Prepare]],
+    base: str,
+    device: str,
+    targets: tuple[Target, ...],
+    memory: bool,
+    checks: Callable[[], list[Check]] | None = None,
+) -> Case:
+    """A case with targets gets more rounds; it and a block get more time."""
+    rounds = (TARGET_ROUNDS if targets else ROUNDS)[device]
+    long = targets or checks
+    budget = (LONG_BUDGET_S if long else BUDGET_S)[device]
+    return Case(name, build, base, targets, memory, budget, 3 if long else 1, rounds, checks)

@@ -22,7 +22,8 @@ class Timing:
 
 @dataclass
 class Verdict:
-    """A target beside what was measured: a ratio to `over`, or, where that is empty, seconds or bytes.
+    """A target beside what was measured: a ratio to `over`, or, where that is empty, seconds or bytes. Or an error:
+    `over` then says of what.
 
     `measured` is None where one of the two did not run.
     """
@@ -44,6 +45,7 @@ class Verdict:
             ("time", "<="): f"{self.measured:.2f}x the time of {self.over}",
             ("memory", ">="): f"{self.measured:.1f}x less memory than {self.over}",
             ("memory", "<="): f"{self.measured:.2f}x the memory of {self.over}",
+            ("error", "<="): f"{self.over}: relative error {self.measured:.1e}",
         }[self.quantity, self.bound[:2] if self.over else "absolute"]
         return f"{words}: target {self.bound}, {'met' if self.met else 'missed'}"
 

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 import torch
 
 from benchmarks import machine
-from benchmarks.case import OURS, Case, Run, Unavailable
+from benchmarks.case import OURS, Case, Prepare, Run, Unavailable
 from benchmarks.memory import peak_in_fresh_process
 from benchmarks.result import Result, Timing, Verdict
 
@@ -27,6 +27,13 @@ MOST_REPEATS = 50
 ROUNDS = {"cpu": 5, "cuda": 20}
 WARM_UPS = {"cpu": 1, "cuda": 3}
 MEMORY_PROCESSES = {"cpu": 2, "cuda": 4}  # at a time; memory needs no quiet processor
+
+
+def asked_for(cases: Iterable[Case], only: str | None) -> list[Case]:
+    """The cases whose name holds `only`; the extra ones, where it begins theirs."""
+    if only is None:
+        return [case for case in cases if not case.extra]
+    return [case for case in cases if (case.name.startswith(only) if case.extra else only in case.name)]
 
 
 def run_benchmark(
@@ -48,13 +55,13 @@ def run_benchmark(
     )  # fmt: skip
     cases, quiet = list(cases), machine.Quietness()
     for case in cases:
-        result.timings += time_case(case, rounds or ROUNDS[device], device, who)
+        result.timings += time_case(case, rounds or case.rounds or ROUNDS[device], device, who)
         if report:
             report(result, case.name)
     result.others = quiet.others()
     if memory:
         _measure_memory(result, [case for case in cases if case.memory])
-    result.verdicts = [verdict for case in cases for verdict in judge(case, result.timings)]
+    result.verdicts = [verdict for case in cases for verdict in judge(case, result.timings) + checked(case)]
     return result
 
 
@@ -66,26 +73,37 @@ def time_case(case: Case, rounds: int, device: str = "cpu", who: Collection[str]
     repeats: dict[str, int] = {}
     for name, prepare in contestants.items():
         try:
-            run = prepare()
-            warm = min(_seconds(run, device) for _ in range(WARM_UPS[device]))
-            if warm < SHORT_S:
-                warm = _seconds(run, device)  # the first run of a short piece of work is mostly its libraries waking up
+            runs[name], repeats[name] = _warmed_up(prepare, device)
         except Unavailable as why:
             found[name].unavailable = str(why)
-            continue
-        runs[name], repeats[name] = run, min(MOST_REPEATS, math.ceil(SHORT_S / warm))
+        except RuntimeError as error:  # of a compiler, a driver or memory: the others' times are still wanted
+            if name == OURS:
+                raise
+            found[name].unavailable = f"fails: {(str(error).splitlines() or [''])[0][:60]}"
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    gc.collect()
+    gc.freeze()  # what is there now (the libraries' modules, mostly) takes 0.2 s to go through, each time
     for _ in range(rounds):
         gc.collect()
         for name, run in runs.items():
             if within_budget(case, seconds[name], repeats[name]):
                 seconds[name].append(_seconds(run, device, repeats[name]))
+    gc.unfreeze()
     medians = {name: statistics.median(s) for name, s in seconds.items()}
     for name, s in seconds.items():
         timing = found[name]
         timing.median_s, timing.min_s, timing.max_s, timing.rounds = medians[name], min(s), max(s), len(s)
         timing.ratio = medians[case.base] / medians[name] if case.base in medians else None
     return list(found.values())
+
+
+def _warmed_up(prepare: Prepare, device: str) -> tuple[Run, int]:
+    """A contestant's run, and how often to repeat it in a round."""
+    run = prepare()
+    warm = min(_seconds(run, device) for _ in range(WARM_UPS[device]))
+    if warm < SHORT_S:
+        warm = _seconds(run, device)  # the first run of a short piece of work is mostly its libraries waking up
+    return run, min(MOST_REPEATS, math.ceil(SHORT_S / warm))
 
 
 def within_budget(case: Case, taken: list[float], repeats: int) -> bool:
@@ -141,3 +159,12 @@ def judge(case: Case, timings: list[Timing]) -> list[Verdict]:
         met = target.met(ratio) if ratio is not None else None
         verdicts.append(Verdict(case.name, target.over, target.quantity, target.bound(), ratio, met))
     return verdicts
+
+
+def checked(case: Case) -> list[Verdict]:
+    """The case's checks as verdicts; none where what they compare with cannot run here."""
+    try:
+        found = case.checks() if case.checks else []
+    except Unavailable:
+        return []
+    return [Verdict(case.name, c.what, "error", f"<= {c.at_most:g}", c.error, c.error <= c.at_most) for c in found]

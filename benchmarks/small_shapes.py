@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
-from rlhf_kernels import gae, linear_logprob, logprob, lora_linear, sample
+from rlhf_kernels import build_routing, gae, linear_logprob, logprob, lora_linear, lora_linears, sample
 
 Save = Literal["grad_vector", "recompute", "logits"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -52,12 +52,40 @@ def logprobs() -> None:
                 _finite(*out, logits.grad)
 
 
-def others() -> None:
-    x, weight = torch.randn(37, 40, requires_grad=True), torch.randn(56, 40)
+def lora() -> None:
+    for dtype in DTYPES:
+        for adapters in dict.fromkeys((dtype, torch.float32)):  # up to 64 rows take the kernel of few rows
+            _lora_once(dtype, 1, 40, (56,), (5,), adapters)
+            _lora_once(dtype, 37, 33, (41, 7, 24), (3, 16, 1), adapters)
+            _lora_once(dtype, 64, 520, (300, 24), (8, 136, 16), adapters)
+        _lora_once(dtype, 70, 33, (41, 7, 24), (3, 16, 1), dtype)
+    _lora_once(torch.bfloat16, 200, 72, (136,), (16, 64), torch.float32)
+    _lora_once(torch.bfloat16, 200, 48, (40, 24), (4, 8, 5) * 4, torch.bfloat16)  # so many that rows are sorted
+    x, weight = torch.randn(4, 10, 40, requires_grad=True), torch.randn(56, 40)
     a, b = torch.randn(3, 5, 40, requires_grad=True), torch.randn(3, 56, 5, requires_grad=True)
-    y = lora_linear(x, weight, a, b, torch.arange(37) % 4 - 1, 0.5)
+    y = lora_linear(x, weight, a, b, torch.arange(4) - 1, 0.5, ranks=(5, 2, 3), grad_rows=20)
     y.sum().backward()
     _finite(y, x.grad, a.grad, b.grad)
+
+
+def _lora_once(
+    dtype: torch.dtype, rows: int, width: int, columns: tuple[int, ...], ranks: tuple[int, ...], adapters: torch.dtype
+) -> None:
+    x = torch.randn(rows, width).to(dtype).requires_grad_()
+    weights = [(torch.randn(n, width) / width**0.5).to(dtype) for n in columns]
+    a, b = (
+        [[torch.randn(shape(n, r)).to(adapters).requires_grad_() for r in ranks] for n in columns]
+        for shape in (lambda n, r: (r, width), lambda n, r: (n, r))
+    )
+    routing = build_routing(torch.arange(rows) * 5 % (len(ranks) + 1) - 1, len(ranks))
+    with torch.no_grad():
+        _finite(*lora_linears(x, weights, a, b, None, 0.5, routing=routing))
+    ys = lora_linears(x, weights, a, b, None, 0.5, routing=routing)
+    torch.cat([y.sum().view(1) for y in ys]).sum().backward()
+    _finite(*ys, x.grad, *(t.grad for some in (*a, *b) for t in some))
+
+
+def others() -> None:
     _, drawn = sample(torch.randn(9, 1003), top_k=7, top_p=0.9, seed=1, stream=2, position=torch.arange(9))
     _finite(drawn)
     _finite(*gae(torch.randn(3, 17), torch.randn(3, 17)))
@@ -69,7 +97,7 @@ def _finite(*tensors: torch.Tensor | None) -> None:
             raise FloatingPointError("an op gave a number that is not finite, or no gradient")
 
 
-OPS: dict[str, Callable[[], None]] = {"head": head, "logprob": logprobs, "others": others}
+OPS: dict[str, Callable[[], None]] = {"head": head, "logprob": logprobs, "lora": lora, "others": others}
 
 
 def main() -> None:

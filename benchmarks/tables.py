@@ -77,14 +77,15 @@ def print_case(result: Result, case: str) -> None:
 
 
 def markdown(results: Iterable[Result]) -> str:
-    """Every result as Markdown; where `head` has none from a CPU or a GPU, that is said, with the GPU's targets."""
+    """Every result as Markdown; where `head` or `lora` has none from a CPU or a GPU, that is said, with its targets."""
     found = list(results)
-    devices = {result.device for result in found if result.benchmark == "head"}
+    measured = {(result.benchmark, result.device) for result in found}
     parts = [_result_markdown(result) for result in found]
-    if "cpu" not in devices:
-        parts.append("### `head` on a CPU: not measured\n\n`make bench` measures it.")
-    if "cuda" not in devices:
-        parts.append(_gpu_markdown())
+    for name in ("head", "lora"):
+        if (name, "cpu") not in measured:
+            parts.append(f"### `{name}` on a CPU: not measured\n\n`make bench` measures it.")
+        if (name, "cuda") not in measured:
+            parts.append(_gpu_markdown(name))
     return "\n\n".join(parts)
 
 
@@ -99,18 +100,20 @@ def _result_markdown(result: Result) -> str:
     return "\n\n".join(parts)
 
 
-def _gpu_markdown() -> str:
-    from benchmarks.head import GPU_TARGETS, NAMES
+def _gpu_markdown(name: str) -> str:
+    from benchmarks.registry import BENCHMARKS
 
     rows = []
-    for work, targets in GPU_TARGETS.items():
-        for target in targets:
-            words = target.bound() + (f" times faster than {target.over}" if target.over else "")
-            rows.append([NAMES[work], words, "not measured"])
+    for case in BENCHMARKS[name]("cuda"):
+        for target in case.targets:
+            words = target.bound()
+            if target.over:
+                words += f" times {'faster than' if target.at_least is not None else 'the time of'} {target.over}"
+            rows.append([case.name, words, "not measured"])
+    command = f"python -m benchmarks {name} --device cuda --memory --json benchmarks/results/cuda/{name}.json"
     return "\n\n".join([
-        "### `head` on an H200: not measured",
-        "8192 x 4096 x 128256 bf16. No GPU was at hand; `python -m benchmarks head --device cuda --memory --json"
-        " benchmarks/results/cuda/head.json` fills this in, every peer in the same run.",
+        f"### `{name}` on an H200: not measured",
+        f"No GPU was at hand; `{command}` fills this in, every peer in the same run.",
         grid(("work", "target", "measured"), rows),
     ])  # fmt: skip
 

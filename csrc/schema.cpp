@@ -44,6 +44,10 @@ STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
       "lora_tiles_backward(Tensor[] grad, Tensor[] w, Tensor[] a, Tensor[] b, Tensor? index, int[] runs, "
       "float[] scaling, Tensor x, Tensor s, int grad_rows, Tensor(a!) dx, Tensor(b!)[] da, Tensor(c!)[] db) -> ()");
   m.def("float_isa() -> int");
+  // the adapters of few rows, onto base products that are already in y
+  m.def(
+      "lora_small_m(Tensor x, Tensor[] a, Tensor[] b, Tensor? index, int[] runs, float[] scaling, "
+      "Tensor? scaling_tensor, Tensor(a!)[] y, Tensor(b!) s) -> ()");
 
   // sampling
   m.def(

@@ -15,7 +15,11 @@ import rlhf_kernels
 from rlhf_kernels.ops import registry
 
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMAS = {1: "fdf2547aae7535c1", 2: "140d33c51ab2bcdc", 3: "3ea5c3408527840e"}  # ABI -> digest of the schemas that have it
+SCHEMAS = {
+    1: "fdf2547aae7535c1",
+    2: "140d33c51ab2bcdc",
+    3: "c28b306c7a5ea416",
+}  # ABI -> digest of the schemas that have it
 ROW_KERNELS = ("mass_chunk", "ratio_chunk", "exp_chunk", "js_chunk", "grad_plain", "grad_ratio", "block_weights")
 ROW_KERNELS += ("load_bf16", "load_half", "store_bf16", "store_half")
 

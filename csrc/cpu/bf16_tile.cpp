@@ -11,6 +11,9 @@
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#ifdef RLHF_AMX_ON_HOST  // a test's build, for machines without AMX
+#include "testing/amx_on_host.h"
+#endif
 #endif
 
 namespace bf16 {

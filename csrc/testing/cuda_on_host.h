@@ -1,10 +1,12 @@
-// Runs CUDA kernels on the CPU, so that tests check their numbers and barriers where there is no GPU. One block after
-// the other; each thread of a block is a fiber, which runs until it waits for its block or its warp. The order of
-// threads is fixed, so a run is deterministic. A kernel file includes this in nvcc's place (see cuda/common.cuh).
+// Runs CUDA kernels on the CPU, so that tests check their numbers and barriers where there is no GPU. One cluster of
+// blocks after the other (mostly of one block); each thread of it is a fiber, which runs until it waits for its
+// cluster, block or warp. The order of threads is fixed, so a run is deterministic. A kernel file includes this in
+// nvcc's place (see cuda/common.cuh).
 //
 // What it finds beside wrong numbers: a barrier or warp operation that some threads never reach (an error that says who
-// waits where), shared memory read before it is written (it starts as NaN), and, with -fsanitize=address, accesses
-// outside global or shared arrays. A missing barrier shows when threads run in the other order (Block::backwards).
+// waits where), shared memory read before it is written (it starts as NaN), another block's shared memory used before
+// that block has surely begun or after it has ended, and, with -fsanitize=address, accesses outside global or shared
+// arrays. A missing barrier shows when threads run in the other order (Block::backwards).
 // Memory order beyond that, and speed, it cannot show.
 #pragma once
 #include <setjmp.h>
@@ -25,6 +27,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
@@ -35,6 +38,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -70,6 +74,10 @@ inline float __half2float(__half x) { return float(x.value); }
 inline __half __float2half_rn(float x) { return {_Float16(x)}; }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline int __popc(unsigned x) { return std::popcount(x); }
+inline int __ffs(unsigned x) { return x == 0 ? 0 : std::countr_zero(x) + 1; }
 
 namespace cuda_on_host {
 
@@ -77,7 +85,7 @@ constexpr int kMostThreads = 1024;
 constexpr size_t kStackBytes = 256 << 10;
 constexpr uint8_t kPoison = 0xFF;  // as fp32 and fp64 a NaN, as an index -1
 
-enum class Wait { nothing, block, warp, ended };
+enum class Wait { nothing, cluster, block, warp, ended };
 
 struct Fiber {
   ucontext_t context;  // where it begins
@@ -101,37 +109,34 @@ class Block {
     }
   }
 
-  // One block of `threads` threads running `body`; blockIdx and the like are set by the caller.
-  void run(int threads, size_t dynamic_bytes, const std::function<void()>& body) {
-    threads_ = threads, body_ = &body, failure_ = nullptr;
-    fibers_.resize(std::max<size_t>(fibers_.size(), threads));
+  // A cluster of `blocks` blocks of `threads` threads each running `body`; `first` is its first block's blockIdx.
+  void run(dim3 first, int blocks, int threads, size_t dynamic_bytes, const std::function<void()>& body) {
+    first_ = first, blocks_ = blocks, threads_ = threads, body_ = &body, failure_ = nullptr, met_ = false;
+    const int all = blocks * threads;
+    alive_ = all;
+    fibers_.resize(std::max<size_t>(fibers_.size(), all));
     shared_.clear();
-    dynamic_ = poisoned(dynamic_bytes);
-    for (int t = 0; t < threads; ++t) start(fibers_[t]);
-    int alive = threads;
-    while (alive > 0) {
+    dynamic_.clear();
+    for (int b = 0; b < blocks; ++b) dynamic_.push_back(poisoned(dynamic_bytes));
+    for (int t = 0; t < all; ++t) start(fibers_[t]);
+    while (alive_ > 0) {
       bool moved = false;
-      for (int k = 0; k < threads; ++k) {
-        const int t = backwards ? threads - 1 - k : k;
-        if (fibers_[t].wait != Wait::nothing) continue;
-        moved = true;
-        resume(t);
-        if (failure_) std::rethrow_exception(failure_);
-        if (fibers_[t].wait == Wait::ended) --alive;
+      for (int k = 0; k < blocks; ++k) {  // each as far as it gets without the others
+        while (advance(backwards ? blocks - 1 - k : k)) moved = true;
       }
-      for (int t = 0; t < threads; t += warpSize) release_warp(t);
-      release_block();
+      if (release(Wait::cluster, 0, all)) met_ = true;
       if (!moved && !anyone_ready()) throw std::runtime_error(deadlock());
     }
   }
 
   void wait_for_block(const char* where) { pause(Wait::block, where); }
+  void wait_for_cluster(const char* where) { pause(Wait::cluster, where); }
 
   // Gives `value` to the lanes of `mask` and returns that of lane `source`; `votes` receives every lane's vote.
   uint64_t exchange(unsigned mask, uint64_t value, int source, bool vote, unsigned* votes, const char* where) {
     Fiber& me = fibers_[current_];
     me.mask = mask, me.value = value, me.source = source, me.vote = vote;
-    if (!(mask >> (current_ % warpSize) & 1)) throw std::runtime_error(std::string(where) + ": a lane not in its mask");
+    if (!(mask >> lane() & 1)) throw std::runtime_error(std::string(where) + ": a lane not in its mask");
     pause(Wait::warp, where);
     if (votes != nullptr) *votes = me.mask;
     return me.value;
@@ -140,14 +145,30 @@ class Block {
   // Runs the last thread first: results that differ then depend on an order that a barrier should have fixed.
   bool backwards = false;
 
-  int lane() const { return current_ % warpSize; }
-  void* dynamic() { return dynamic_.get(); }
+  int lane() const { return current_ % threads_ % warpSize; }
+  void* dynamic() { return dynamic_[current_ / threads_].get(); }
 
   // The block's own copy of the shared variable that `tag` names; the first thread that gets there makes it.
-  void* shared(const void* tag, size_t bytes) {
-    auto& found = shared_[tag];
-    if (!found) found = poisoned(bytes);
-    return found.get();
+  void* shared(const void* tag, size_t bytes) { return shared_of(current_ / threads_, tag, bytes); }
+
+  // Where another block of the cluster has what the own one has at `p` in a shared variable.
+  template <typename T>
+  T* in_block(T* p, int block) {
+    if (block < 0 || block >= blocks_) throw std::runtime_error("a block outside the cluster");
+    if (!met_) throw std::runtime_error("another block's shared memory before a barrier of the cluster: has it begun?");
+    const auto begin = fibers_.begin() + block * threads_;
+    if (std::all_of(begin, begin + threads_, [](const Fiber& f) { return f.wait == Wait::ended; })) {
+      throw std::runtime_error("the shared memory of a block that has ended");
+    }
+    const char* const at = reinterpret_cast<const char*>(p);
+    for (const auto& [key, found] : shared_) {
+      const char* const start = static_cast<const char*>(found.memory.get());
+      if (key.first == current_ / threads_ && at >= start && at < start + found.bytes) {
+        char* const there = static_cast<char*>(shared_of(block, key.second, found.bytes));
+        return reinterpret_cast<T*>(there + (at - start));
+      }
+    }
+    throw std::runtime_error("an address outside the block's shared variables");
   }
 
  private:
@@ -155,6 +176,16 @@ class Block {
     void operator()(void* p) const { std::free(p); }
   };
   using Memory = std::unique_ptr<void, Free>;
+  struct Variable {
+    Memory memory;
+    size_t bytes = 0;
+  };
+
+  void* shared_of(int block, const void* tag, size_t bytes) {
+    Variable& found = shared_[{block, tag}];
+    if (!found.memory) found = {poisoned(bytes), bytes};
+    return found.memory.get();
+  }
 
   static Memory poisoned(size_t bytes) {
     if (bytes == 0) return nullptr;
@@ -178,6 +209,22 @@ class Block {
     fiber.wait = Wait::nothing, fiber.where = "its end", fiber.fake_stack = nullptr, fiber.begun = false;
   }
 
+  // Resumes every thread of a block that waits for nothing; false where there is none.
+  bool advance(int b) {
+    bool moved = false;
+    for (int k = 0; k < threads_; ++k) {
+      const int t = b * threads_ + (backwards ? threads_ - 1 - k : k);
+      if (fibers_[t].wait != Wait::nothing) continue;
+      moved = true;
+      resume(t);
+      if (failure_) std::rethrow_exception(failure_);
+      if (fibers_[t].wait == Wait::ended) --alive_;
+    }
+    for (int t = 0; t < threads_; t += warpSize) release_warp(b * threads_ + t, std::min(warpSize, threads_ - t));
+    release(Wait::block, b * threads_, (b + 1) * threads_);
+    return moved;
+  }
+
   static void enter();
 
   // Fibers begin by setcontext and go on by longjmp, which, unlike swapcontext, makes no system call. The address
@@ -185,7 +232,9 @@ class Block {
   __attribute__((noinline)) void resume(int t) {
     Fiber& fiber = fibers_[t];
     current_ = t;
-    threadIdx = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y));
+    const int k = t % threads_;
+    threadIdx = dim3(k % blockDim.x, k / blockDim.x % blockDim.y, k / (blockDim.x * blockDim.y));
+    blockIdx = dim3(first_.x + t / threads_, first_.y, first_.z);
 #if defined(__SANITIZE_ADDRESS__)
     void* own = nullptr;
     __sanitizer_start_switch_fiber(&own, fiber.stack, kStackBytes);
@@ -212,23 +261,24 @@ class Block {
   }
 
   bool anyone_ready() const {
-    for (int t = 0; t < threads_; ++t) {
+    for (int t = 0; t < blocks_ * threads_; ++t) {
       if (fibers_[t].wait == Wait::nothing) return true;
     }
     return false;
   }
 
-  void release_block() {  // once every thread that has not ended is there
-    for (int t = 0; t < threads_; ++t) {
-      if (fibers_[t].wait != Wait::block && fibers_[t].wait != Wait::ended) return;
+  // Ends the wait of the threads [begin, end) for one another once every one that has not ended is there.
+  bool release(Wait what, int begin, int end) {
+    for (int t = begin; t < end; ++t) {
+      if (fibers_[t].wait != what && fibers_[t].wait != Wait::ended) return false;
     }
-    for (int t = 0; t < threads_; ++t) {
-      if (fibers_[t].wait == Wait::block) fibers_[t].wait = Wait::nothing;
+    for (int t = begin; t < end; ++t) {
+      if (fibers_[t].wait == what) fibers_[t].wait = Wait::nothing;
     }
+    return true;
   }
 
-  void release_warp(int first) {
-    const int lanes = std::min(warpSize, threads_ - first);
+  void release_warp(int first, int lanes) {
     for (int lane = 0; lane < lanes; ++lane) {
       const Fiber& asked = fibers_[first + lane];
       if (asked.wait != Wait::warp) continue;
@@ -264,7 +314,7 @@ class Block {
 
   std::string deadlock() const {
     std::map<std::string, std::pair<int, int>> waiting;  // where -> how many, and the first of them
-    for (int t = 0; t < threads_; ++t) {
+    for (int t = 0; t < blocks_ * threads_; ++t) {
       const Fiber& fiber = fibers_[t];
       const auto [it, first] = waiting.try_emplace(fiber.wait == Wait::ended ? "its end" : fiber.where, 0, t);
       ++it->second.first;
@@ -277,13 +327,15 @@ class Block {
   }
 
   std::vector<Fiber> fibers_;
-  std::map<const void*, Memory> shared_;
-  Memory dynamic_;
+  std::map<std::pair<int, const void*>, Variable> shared_;  // by block and tag
+  std::vector<Memory> dynamic_;
   ucontext_t main_;
   jmp_buf resting_;
   [[maybe_unused]] const void* main_stack_ = nullptr;
   [[maybe_unused]] size_t main_bytes_ = 0;
-  int threads_ = 0, current_ = 0;
+  dim3 first_;
+  int blocks_ = 1, threads_ = 0, current_ = 0, alive_ = 0;
+  bool met_ = false;  // the cluster's blocks have all begun
   const std::function<void()>* body_ = nullptr;
   std::exception_ptr failure_;
 };
@@ -343,23 +395,29 @@ inline int within(int source, int width) {
   return lane - lane % width + source % width;
 }
 
+// `cluster` blocks that are neighbours in x run together.
 template <typename... P, typename... A>
-void launch(void (*kernel)(P...), dim3 grid, dim3 threads, size_t dynamic_bytes, A... args) {
+void launch_clusters(void (*kernel)(P...), dim3 grid, dim3 threads, int cluster, size_t dynamic_bytes, A... args) {
   const uint64_t count = uint64_t(threads.x) * threads.y * threads.z;
   if (count == 0 || count > kMostThreads) throw std::runtime_error("a block of " + std::to_string(count) + " threads");
   if (grid.x == 0 || grid.x > 0x7FFFFFFFu || grid.y == 0 || grid.y > 65535 || grid.z == 0 || grid.z > 65535) {
     throw std::runtime_error("a grid that CUDA would refuse");
   }
+  if (cluster < 1 || cluster > 8 || grid.x % cluster != 0) throw std::runtime_error("a cluster that CUDA would refuse");
   gridDim = grid, blockDim = threads;
   const std::function<void()> body = [&] { kernel(P(args)...); };
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = dim3(x, y, z);
-        block.run(int(count), dynamic_bytes, body);
+      for (unsigned x = 0; x < grid.x; x += cluster) {
+        block.run(dim3(x, y, z), cluster, int(count), dynamic_bytes, body);
       }
     }
   }
+}
+
+template <typename... P, typename... A>
+void launch(void (*kernel)(P...), dim3 grid, dim3 threads, size_t dynamic_bytes, A... args) {
+  launch_clusters(kernel, grid, threads, 1, dynamic_bytes, args...);
 }
 
 }  // namespace cuda_on_host
@@ -369,6 +427,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 threads, size_t dynamic_bytes,
 #define CUDA_ON_HOST_AT(what) what " (" __FILE__ ":" CUDA_ON_HOST_TEXT(__LINE__) ")"
 
 #define __syncthreads() cuda_on_host::block.wait_for_block(CUDA_ON_HOST_AT("__syncthreads"))
+#define CLUSTER_BARRIER() cuda_on_host::block.wait_for_cluster(CUDA_ON_HOST_AT("a barrier of the cluster"))
 #define CUDA_ON_HOST_FIRST_(x, ...) x
 #define __syncwarp(...) \
   cuda_on_host::ballot(CUDA_ON_HOST_FIRST_(__VA_OPT__(__VA_ARGS__, ) 0xFFFFFFFFu), false, CUDA_ON_HOST_AT("__syncwarp"))

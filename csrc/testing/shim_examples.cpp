@@ -1,6 +1,6 @@
 // Small kernels that try the shim itself: what it computes, and what it must notice.
 #define RLHF_CUDA_ON_HOST
-#include "cuda/common.cuh"
+#include "cuda/cluster.cuh"
 
 namespace {
 
@@ -84,6 +84,41 @@ __global__ void past_shared(int* out) {
   out[0] = (&held.v[0])[64 + threadIdx.x];
 }
 
+struct Parts {
+  float v[4];
+};
+
+// Each of a cluster's 4 blocks gives the others its number; each adds up what it got.
+__global__ void cluster_sums(float* out) {
+  SHARED(Parts, parts);
+  const cuda_rows::Cluster cluster(4);
+  cluster.barrier();
+  if (threadIdx.x < 4) cluster.store(&parts.v[cluster.rank], float(blockIdx.x), int(threadIdx.x));
+  cluster.barrier();
+  if (threadIdx.x == 0) out[blockIdx.x] = parts.v[0] + parts.v[1] + parts.v[2] + parts.v[3];
+}
+
+__global__ void cluster_without_a_barrier() {
+  SHARED(Parts, parts);
+  const cuda_rows::Cluster cluster(4);
+  cluster.store(&parts.v[0], 1, (cluster.rank + 1) % 4);
+}
+
+__global__ void blocks_that_have_ended() {
+  SHARED(Parts, parts);
+  const cuda_rows::Cluster cluster(4);
+  cluster.barrier();
+  if (cluster.rank > 0) return;
+  cluster.barrier();  // runs last: the others have ended
+  cluster.store(&parts.v[0], 1, 1);
+}
+
+__global__ void part_of_a_cluster(float* out) {
+  const cuda_rows::Cluster cluster(4);
+  if (threadIdx.x < 8 || cluster.rank == 0) cluster.barrier();
+  if (cluster.rank > 0) __syncthreads();
+}
+
 template <typename F>
 const char* guarded(const F& run) {
   static std::string message;
@@ -99,6 +134,7 @@ const char* guarded(const F& run) {
 }  // namespace
 
 using cuda_on_host::launch;
+using cuda_on_host::launch_clusters;
 
 extern "C" {
 const char* run_scan(const int* in, int* out) {
@@ -133,6 +169,21 @@ const char* run_off_its_boundary(float4* out) {
 }
 const char* run_past_the_end(const float* in, float* out, int64_t n) {
   return guarded([&] { launch(past_the_end, 1, 1, 0, in, out, int(n)); });
+}
+const char* run_cluster_sums(float* out) {
+  return guarded([&] { launch_clusters(cluster_sums, 8, 16, 4, 0, out); });
+}
+const char* run_cluster_without_a_barrier() {
+  return guarded([&] { launch_clusters(cluster_without_a_barrier, 4, 1, 4, 0); });
+}
+const char* run_blocks_that_have_ended() {
+  return guarded([&] { launch_clusters(blocks_that_have_ended, 4, 1, 4, 0); });
+}
+const char* run_part_of_a_cluster(float* out) {
+  return guarded([&] { launch_clusters(part_of_a_cluster, 4, 16, 4, 0, out); });
+}
+const char* run_too_large_a_cluster(float* out) {
+  return guarded([&] { launch_clusters(cluster_sums, 32, 16, 16, 0, out); });
 }
 const char* run_past_shared(int* out) {
   return guarded([&] { launch(past_shared, 1, 32, 0, out); });

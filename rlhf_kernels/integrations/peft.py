@@ -1,95 +1,133 @@
-"""Adapters in PEFT's layout on disk: adapter_config.json beside adapter_model.safetensors. PEFT is not needed."""
+"""Models with PEFT's LoRA layers on the fused op: `accelerate(model)`, undone by `restore(model)`.
 
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING
+Adapters stay PEFT's own parameters and what PEFT does to them (adding, activating, scaling, saving) works as before;
+only the forward of each layer is another. Layers the op does not serve keep PEFT's forward: see `accelerated`.
+"""
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import TypeVar
 
-from rlhf_kernels.nn.lora import LoraSpec, adapter_routes, decoder_linears, lora_layers
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from rlhf_kernels.integrations.peft_routes import Route, Routes, forget_routes
+from rlhf_kernels.nn.siblings import group_siblings
+from rlhf_kernels.ops.lora import Routing, build_routing
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # PEFT wraps a model twice before it names its modules
+Model = TypeVar("Model", bound=nn.Module)
+log = logging.getLogger(__name__)
 
 
-def save_adapter(model: "PreTrainedModel", name: str, directory: Path) -> None:
-    """Writes adapter `name` of `model` so that `peft.PeftModel.from_pretrained(base, directory)` loads it."""
-    layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.lora_A}
-    spec = adapter_routes(model).specs[name]
-    tensors = {}
-    for path, layer in layers.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A[name].detach().cpu().contiguous()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B[name].detach().cpu().contiguous()
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.config._name_or_path or None,
-        "r": spec.r,
-        "lora_alpha": spec.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": any(layer.transposed for layer in layers.values()),
-        "target_modules": _shortest_names(model, list(layers)),
-        "inference_mode": True,
+def accelerate(model: Model, *, fuse: bool = True) -> Model:
+    """Gives every supported LoRA layer of `model` the fused op's forward, in place; returns `model`.
+
+    Args:
+        model: any module that holds PEFT LoRA layers: a PeftModel, or what wraps one. Calling it again is harmless,
+            and takes in the layers that were added in between.
+        fuse: compute projections of one tensor (q, k and v; gate and up) together.
+
+    Raises:
+        ValueError: no LoRA layer of the model is supported; says why. ImportError: PEFT is not installed.
+    """
+    layers = _layers()
+    found = {path: module for path, module in model.named_modules() if isinstance(module, layers.LoraLayer)}
+    left = {path: why for path, module in found.items() if (why := layers.reason(module)) is not None}
+    if len(left) == len(found):
+        why = next((f"{path}: {why}" for path, why in left.items()), "it has none; wrap it with get_peft_model first")
+        raise ValueError(f"model: no LoRA layer of this {type(model).__name__} can be accelerated ({why})")
+    routes = _routes(model, layers) or Routes()
+    for path, module in found.items():
+        if path not in left and type(module) is layers.PeftLinear:
+            _exchange(module, layers.Linear, routes)
+            module.siblings = [module]
+    for module in model.modules():
+        if type(module) is layers.PeftLoraModel:
+            _exchange(module, layers.LoraModel, routes)
+    group_siblings(model, fuse, layers.Linear)
+    if left:
+        path, why = next(iter(left.items()))
+        log.warning("%d of %d LoRA layers keep PEFT's forward; the first, %s: %s", len(left), len(found), path, why)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undoes `accelerate`: every layer has PEFT's forward again. Harmless on a model that was not accelerated.
+
+    ValueError for layers whose class was exchanged once more since, as FSDP does: undo that first.
+    """
+    layers = _layers()
+    for path, module in model.named_modules():
+        if isinstance(module, layers.Linear) and type(module) is not layers.Linear:
+            raise ValueError(f"model: {path} is a {type(module).__name__} by now; it cannot be restored")
+    for module in model.modules():
+        forget_routes(module)
+        if type(module) is layers.Linear:
+            _exchange(module, layers.PeftLinear, None)
+        elif type(module) is layers.LoraModel:
+            _exchange(module, layers.PeftLoraModel, None)
+    return model
+
+
+def accelerated(model: nn.Module) -> dict[str, str | None]:
+    """The LoRA layers of a model by path: None for one with the fused op's forward, else why it has PEFT's own."""
+    layers = _layers()
+    return {
+        path: None if isinstance(module, layers.Linear) else layers.reason(module) or "accelerate was not called"
+        for path, module in model.named_modules()
+        if isinstance(module, layers.LoraLayer)
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
 
 
-def _shortest_names(model: "PreTrainedModel", paths: list[str]) -> list[str]:
-    """Last components where they name exactly these modules anywhere in the model, else the whole paths."""
-    names = {path.rpartition(".")[2] for path in paths}
-    linears = {p for p, m in model.named_modules() if isinstance(m, torch.nn.Linear)} | set(decoder_linears(model))
-    named = {p for p in linears if p.rpartition(".")[2] in names}
-    return sorted(names) if named == set(paths) else sorted(paths)
+@contextmanager
+def route(model: nn.Module, routing: Routing | Tensor, adapters: Sequence[str]) -> Iterator[None]:
+    """Rows of one batch use different adapters in the forwards inside this context, in training too.
+
+    Args:
+        model: accelerated.
+        routing: which adapter each row uses: a Routing over len(adapters) slots, or an int tensor of slots, -1 for the
+            bypass, one for each sample or each row of the layers' inputs [..., K] (which are a multiple of it).
+        adapters: the names of the slots; they need not be active.
+
+    A layer that transformers checkpoints is recomputed under the route of its own forward.
+
+    Raises:
+        ValueError: a name that no layer has; a layer that cannot be routed (it keeps PEFT's forward).
+    """
+    layers = _layers()
+    routes = _routes(model, layers)
+    if routes is None:
+        raise ValueError("model: it is not accelerated; call rlhf_kernels.integrations.peft.accelerate(model) first")
+    for path, why in layers.unrouted(model).items():
+        raise ValueError(f"model: {path} cannot be routed: {why}")
+    if isinstance(adapters, str):
+        raise TypeError(f"adapters is {adapters!r}; it must be a sequence of names")
+    if isinstance(routing, Tensor):
+        routing = build_routing(routing, len(adapters))
+    if routing.adapters != len(adapters):
+        raise ValueError(f"routing was built for {routing.adapters} adapters; adapters has {len(adapters)} names")
+    with layers.routed(model, routes, Route(tuple(adapters), routing).used()):
+        yield
 
 
-def read_spec(directory: Path) -> LoraSpec:
-    """The LoraSpec of an adapter on disk; ValueError for what LoRALinear does not do."""
-    file = directory / CONFIG
-    if not file.is_file():
-        raise ValueError(f"{directory}: no {CONFIG}; it must hold an adapter in PEFT's layout")
-    config = json.loads(file.read_text())
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{file}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
-    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"):
-        if config.get(key):
-            raise ValueError(f"{file}: {key} is set, which is not supported")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"{file}: bias is {config['bias']!r}; adapters with biases would change the bypassed rows")
-    tensors = _read_tensors(directory)
-    dtype = next((t.dtype for t in tensors.values()), torch.float32)
-    suffixes = tuple({k.removeprefix(PREFIX).split(".lora_")[0]: None for k in tensors})
-    return LoraSpec(r=config["r"], alpha=config["lora_alpha"], target_modules=suffixes, dtype=dtype)
-
-
-def _read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+def _layers() -> ModuleType:
     try:
-        return load_file(directory / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{directory / WEIGHTS}: not a readable safetensors file ({error})") from error
+        from rlhf_kernels.integrations import peft_layers
+    except ImportError as error:
+        raise ImportError("rlhf_kernels.integrations.peft needs PEFT: pip install 'rlhf-kernels[peft]'") from error
+    return peft_layers
 
 
-@torch.no_grad()
-def load_adapter(model: "PreTrainedModel", name: str, directory: Path) -> None:
-    """Reads the tensors on disk into adapter `name`, which must have the same layers and shapes."""
-    tensors = _read_tensors(directory)
-    for path, layer in lora_layers(model).items():
-        if name not in layer.lora_A:
-            continue
-        for kind, parameter in (("lora_A", layer.lora_A[name]), ("lora_B", layer.lora_B[name])):
-            stored = tensors.pop(f"{PREFIX}{path}.{kind}.weight", None)
-            if stored is None or stored.shape != parameter.shape:
-                found = "nothing" if stored is None else list(stored.shape)
-                raise ValueError(
-                    f"{directory}: {path}.{kind} of adapter {name!r} is {found}; it must be {list(parameter.shape)}"
-                )
-            parameter.copy_(stored)
-    if tensors:
-        raise ValueError(f"{directory}: {next(iter(tensors))} fits no layer of adapter {name!r}")
+def _routes(model: nn.Module, layers: ModuleType) -> Routes | None:
+    return next((module._routes for module in model.modules() if isinstance(module, layers.Linear)), None)
+
+
+def _exchange(module: nn.Module, kind: type[nn.Module], routes: Routes | None) -> None:
+    """Python lets an object change its class: its attributes stay, its methods are the other's."""
+    module.__class__ = kind
+    if routes is None:
+        del module.__dict__["_routes"]
+        module.__dict__.pop("siblings", None)
+    else:
+        module.__dict__["_routes"] = routes

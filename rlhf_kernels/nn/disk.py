@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlhf_kernels.integrations.peft import CONFIG, load_adapter, read_spec, save_adapter
+from rlhf_kernels.integrations.peft_layout import CONFIG, load_adapter, read_spec, save_adapter
 
 if TYPE_CHECKING:
     from rlhf_kernels.nn.hydra import HydraModel

@@ -48,7 +48,7 @@ def run_roles(
         raise ValueError(
             f"grad_fields is {grad_fields!r}; it must be a collection of fields asked for: {sorted(known)}"
         )
-    hidden = _hidden(model, batch, rows_of)
+    hidden = hidden_states(model, batch, rows_of)
     options = {"entropy": entropy, "divergence": tuple(divergence), "grad_fields": grad_fields}
     out: dict[str, RoleOutput] = {}
     for name in sorted(rows_of, key=lambda n: n == REFERENCE):
@@ -104,7 +104,7 @@ def _sequences(roles: Sequence[str], row_roles: Sequence[str] | None, count: int
     return dict.fromkeys(roles)
 
 
-def _hidden(
+def hidden_states(
     model: "HydraModel", batch: Batch, rows_of: Mapping[str, list[int] | None]
 ) -> dict[str, tuple[Batch, Tensor]]:
     """role -> its sequences and their final hidden states [tokens, H]; one forward a base."""

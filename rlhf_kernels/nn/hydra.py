@@ -18,15 +18,16 @@ from rlhf_kernels.nn.forward import run_roles
 from rlhf_kernels.nn.loading import load_decoder, saved_base
 from rlhf_kernels.nn.lora import (
     ALL_LINEAR,
-    AdapterRoutes,
     LoRALinear,
     LoraSpec,
     attach_adapters,
     checkpoint_layers,
     detach_adapter,
     lora_layers,
+    match_layers,
 )
 from rlhf_kernels.nn.roles import HydraOutput, Role, default_roles
+from rlhf_kernels.nn.routes import AdapterRoutes
 from rlhf_kernels.ops.lora import Routing
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class HydraModel(nn.Module):
         roles: Mapping[str, Role] | None = None,
         train_base: bool | Collection[str] = False,
         target_modules: str | Sequence[str] = ALL_LINEAR,
+        fuse: bool = True,
     ) -> None:
         """`bases` are taken over: made to run on packed rows, frozen unless `train_base` (True, or names) says else."""
         super().__init__()
@@ -59,6 +61,7 @@ class HydraModel(nn.Module):
         self.bases = nn.ModuleDict({name: load_decoder(base, None, None) for name, base in bases.items()})
         self.roles: dict[str, Role] = default_roles(adapters, bases) if roles is None else dict(roles)
         self.target_modules = target_modules
+        self.fuse = fuse
         self.trainable_bases = _trainable(train_base, list(bases))
         for name, base in self.decoders():
             base.requires_grad_(name in self.trainable_bases)
@@ -88,6 +91,7 @@ class HydraModel(nn.Module):
         target_modules: str | Sequence[str] = ALL_LINEAR,
         dtype: torch.dtype | None = torch.bfloat16,
         device: torch.device | str | None = None,
+        fuse: bool = True,
     ) -> "HydraModel":
         """A model from a transformers checkpoint: a directory, a hub id, or a module (taken over as it is).
 
@@ -97,6 +101,7 @@ class HydraModel(nn.Module):
             train_base: whether the bases' own parameters train: all (True), none, or the named ones.
             target_modules: what adapters sit on: "all-linear" (every Linear of the decoder layers) or names as PEFT's.
             dtype: of the bases' weights; None: as stored. Adapters follow their LoraSpec, heads are fp32.
+            fuse: compute projections of one tensor (q, k and v; gate and up) together.
 
         Heads are read from heads.safetensors beside the checkpoint where there is one.
         Raises ValueError for a path that is not there, an unsupported model, an unknown base, adapter or head.
@@ -110,7 +115,7 @@ class HydraModel(nn.Module):
                 head_files[name] = [Path(p) / disk.HEADS_FILE for p in (resolved, source)]
                 source = resolved
             loaded[name] = load_decoder(source, dtype, device)
-        model = cls(loaded, adapters, roles, train_base, target_modules)
+        model = cls(loaded, adapters, roles, train_base, target_modules, fuse)
         for name, files in head_files.items():
             file = next((f for f in files if f.is_file()), None)
             if file is not None:
@@ -194,7 +199,10 @@ class HydraModel(nn.Module):
             raise ValueError(f"base is {where!r}; there are {', '.join(self.bases)}")
         if name in self.adapters:
             raise ValueError(f"adapters: {name!r} is there already; delete it first or choose another name")
-        attach_adapters(self.decoder(where), {name: spec}, self.target_modules)
+        attach_adapters(self.decoder(where), {name: spec}, self.target_modules, self.fuse)
+        for other, decoder in self.decoders():
+            if other != where and other not in self.trainable_bases:  # an untrained actor is its separate reference
+                match_layers(decoder, self.decoder(where), self.fuse)
 
     def delete_adapter(self, name: str) -> None:
         """Forgets an adapter; roles that name it raise ValueError until one of that name is added."""

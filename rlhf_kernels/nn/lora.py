@@ -1,23 +1,19 @@
 """Adapters on a transformers model: every targeted Linear becomes a LoRALinear, one routing says which row uses which.
 
-transformers passes no keyword to a Linear, so the routing of the running forward lies in one `AdapterRoutes` object a
-model, shared by its LoRALinears: set on entry to the model's forward, restored on the way out.
+The routing of the running forward lies in one `AdapterRoutes` object a model, shared by its LoRALinears.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from rlhf_kernels.ops.lora import Routing
-from rlhf_kernels.ops.lora.autograd import apply
+from rlhf_kernels.nn.routes import AdapterRoutes
+from rlhf_kernels.nn.siblings import group_siblings, output, project
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,40 +43,6 @@ class LoraSpec:
         return self.alpha / self.r
 
 
-@dataclass
-class AdapterRoutes:
-    """The adapters of one model, in slot order, and the routing of the forward that is running (None: base only)."""
-
-    specs: dict[str, LoraSpec] = field(default_factory=dict)
-    current: Routing | None = None
-
-    def slot(self, name: str | None) -> int:
-        """The index of an adapter in a routing; -1, the bypass, for None."""
-        return -1 if name is None else list(self.specs).index(name)
-
-    @contextmanager
-    def use(self, routing: Routing | None) -> Iterator[None]:
-        before, self.current = self.current, routing
-        try:
-            yield
-        finally:
-            self.current = before
-
-    def checkpoint(self, run: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any) -> Any:
-        """torch's checkpoint, with the forward's routing restored while the backward recomputes `run`."""
-        routing = self.current
-        if use_reentrant:
-
-            def rerouted(*inputs: Any) -> Any:
-                with self.use(routing):
-                    return run(*inputs)
-
-            return checkpoint(rerouted, *args, use_reentrant=True, **kwargs)
-        return checkpoint(
-            run, *args, use_reentrant=False, context_fn=lambda: (self.use(routing), self.use(routing)), **kwargs
-        )
-
-
 class LoRALinear(nn.Module):
     """A Linear (or GPT-2 Conv1D) and its adapters. Its own weight and bias keep their names, so checkpoints fit.
 
@@ -94,13 +56,14 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.transposed = not isinstance(base, nn.Linear)
         self.weight = base.weight
-        self.bias = base.bias
+        self.register_parameter("bias", base.bias)
         sizes = tuple(base.weight.shape)
         self.out_features, self.in_features = reversed(sizes) if self.transposed else sizes
         self.nf = self.out_features  # Conv1D's name for it, which GPT-2's code may read
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         self.routes = routes
+        self.siblings = [self]  # see nn/siblings.py
 
     def add_adapter(self, name: str, spec: LoraSpec) -> None:
         """A is drawn as PEFT draws it, B is zero: the adapter starts as the base."""
@@ -111,35 +74,29 @@ class LoRALinear(nn.Module):
         self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, spec.r, dtype=dtype, device=weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        routing = self.routes.current
-        weight = self.weight.t() if self.transposed else self.weight
-        if routing is None:
-            if torch._C._current_graph_task_id() != -1:
-                raise RuntimeError(
-                    "the routing of the forward is gone: enable checkpointing with "
-                    "HydraModel.gradient_checkpointing_enable, not on the transformers model"
-                )
-            return F.linear(x, weight, self.bias)
-        flat = x.reshape(-1, self.in_features)
-        if flat.shape[0] != routing.rows:
-            raise ValueError(f"x has {flat.shape[0]} rows where the forward was routed for {routing.rows}")
-        names, runs, index = list(self.routes.specs), routing.host_runs(), routing.index
-        if runs is not None:
-            index = None
-            used = sorted({e for e in runs[2::3] if e >= 0 and names[e] in self.lora_A})
-            if not used:
-                return F.linear(x, weight, self.bias)
-            slot = {e: i for i, e in enumerate(used)}
-            names = [names[e] for e in used]
-            runs = [slot.get(v, -1) if i % 3 == 2 else v for i, v in enumerate(runs)]
-        lora_a = [self.lora_A[n] if n in self.lora_A else weight.new_empty(0, self.in_features) for n in names]
-        lora_b = [self.lora_B[n] if n in self.lora_B else weight.new_empty(self.out_features, 0) for n in names]
-        scaling = [self.routes.specs[n].scaling for n in names]
-        (y,) = apply(
-            flat, [weight], [self.bias], lora_a, lora_b, index, runs, scaling,
-            grad_rows=routing.grad_rows, order=routing.order,
-        )  # fmt: skip
-        return y.view(*x.shape[:-1], self.out_features)
+        running = self.routes.running
+        if torch.compiler.is_compiling():
+            return project([self], [self.tensors([] if running is None else running.names)], x, running)[0]
+        if running is not None:
+            return output(self, x, running)
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "the routing of the forward is gone: enable checkpointing with "
+                "HydraModel.gradient_checkpointing_enable, not on the transformers model"
+            )
+        return project([self], [self.tensors([])], x, None)[0]
+
+    def tensors(self, names: Sequence[str]) -> list[Tensor | None]:
+        """[weight, bias, A, B, A, B, ...] of the adapters named, None for one that is not on this layer."""
+        own, parts = self._parameters, self._modules  # not by attribute: this is most of a decode step's Python
+        if len(own) == 2:
+            found: list[Tensor | None] = [own["weight"], own["bias"]]
+        else:  # parametrised, or sharded by something that keeps a plain tensor in a parameter's place
+            found = [self.weight, self.bias]
+        lora_a, lora_b = cast(nn.Module, parts["lora_A"])._parameters, cast(nn.Module, parts["lora_B"])._parameters
+        for name in names:
+            found += (lora_a.get(name), lora_b.get(name))
+        return found
 
     def extra_repr(self) -> str:
         ranks = {name: a.shape[0] for name, a in self.lora_A.items()}
@@ -147,12 +104,16 @@ class LoRALinear(nn.Module):
 
 
 def attach_adapters(
-    model: "PreTrainedModel", adapters: Mapping[str, LoraSpec], target_modules: str | Sequence[str] = ALL_LINEAR
+    model: "PreTrainedModel",
+    adapters: Mapping[str, LoraSpec],
+    target_modules: str | Sequence[str] = ALL_LINEAR,
+    fuse: bool = True,
 ) -> AdapterRoutes:
     """Gives `model` adapters, replacing the Linears they target by LoRALinears in place; returns the model's routes.
 
-    Adapters add to those already there. Raises ValueError for a name in use, a target that matches no Linear, or the
-    output head as a target.
+    Adapters add to those already there. `fuse`: projections that read one tensor (q, k and v; gate and up) are computed
+    together, which changes no name, and no value beyond rounding.
+    Raises ValueError for a name in use, a target that matches no Linear, or the output head as a target.
     """
     routes: AdapterRoutes = getattr(model, "_adapter_routes", None) or AdapterRoutes()
     model._adapter_routes = routes  # type: ignore[assignment]  # a plain attribute, no module
@@ -164,14 +125,29 @@ def attach_adapters(
         if not isinstance(spec, LoraSpec):
             raise TypeError(f"adapters[{name!r}] is a {type(spec).__name__}; it must be a LoraSpec")
         for path in targeted(model, spec.target_modules or target_modules):
-            module = model.get_submodule(path)
-            if not isinstance(module, LoRALinear):
-                module = LoRALinear(module, routes)
-                parent, _, child = path.rpartition(".")
-                setattr(model.get_submodule(parent), child, module)
-            module.add_adapter(name, spec)
+            _adaptable(model, path, routes).add_adapter(name, spec)
         routes.specs[name] = spec
+    group_siblings(model, fuse)
     return routes
+
+
+def match_layers(model: "PreTrainedModel", other: "PreTrainedModel", fuse: bool = True) -> None:
+    """LoRALinears, without adapters, wherever `other` has them, so that equal weights give equal bits in both."""
+    linears = set(decoder_linears(model))
+    for path in lora_layers(other):
+        if path in linears:
+            _adaptable(model, path, adapter_routes(model))
+    group_siblings(model, fuse)
+
+
+def _adaptable(model: nn.Module, path: str, routes: AdapterRoutes) -> LoRALinear:
+    """The LoRALinear at a path, put in the place of a Linear if need be."""
+    module = model.get_submodule(path)
+    if not isinstance(module, LoRALinear):
+        module = LoRALinear(module, routes)
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+    return module
 
 
 def detach_adapter(model: "PreTrainedModel", name: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import machine, memory, peers, runner, tables
-from benchmarks.case import OURS, Case, Target, Unavailable, ready
+from benchmarks.case import OURS, Case, Check, Target, Unavailable, ready
 from benchmarks.head import MODELS, NAMES, SMALL, cases, contestant, gemms_alone, make_inputs
 from benchmarks.result import Result, Timing, Verdict
 
@@ -65,6 +65,17 @@ def test_a_slow_contestant_runs_as_often_as_its_budget_allows(clock, budget, rou
     assert runner.time_case(race(clock, budget_s=budget, least_rounds=3), rounds=4)[0].rounds == max(rounds, 3)
 
 
+def test_a_peer_that_fails_says_so_and_ours_stops_the_run(clock):
+    def fails():
+        raise RuntimeError("out of registers\nat line 3")
+
+    contestants = {"slow": clock.contestant("slow", 3.0), "broken": ready(fails)}
+    slow, broken = runner.time_case(Case("race", lambda tiny: contestants, "slow"), rounds=1)
+    assert (slow.rounds, broken.median_s, broken.unavailable) == (1, None, "fails: out of registers")
+    with pytest.raises(RuntimeError, match="out of registers"):
+        runner.time_case(Case("race", lambda tiny: {OURS: ready(fails)}, OURS), rounds=1)
+
+
 def test_only_some_contestants_can_be_asked_for(clock):
     assert [t.contestant for t in runner.time_case(race(clock), 1, who=["rlhf", "go"])] == [OURS, "gone"]
     assert clock.ran == [OURS, OURS]
@@ -100,6 +111,30 @@ def test_targets_are_judged_by_ratio_by_memory_and_in_absolute_terms(clock):
     assert verdicts[2].sentence() == "2.0x less memory than slow: target >= 3, missed"
     assert verdicts[3].sentence() == "100.0 ms: target <= 20 ms, missed"
     assert verdicts[5].sentence() == "time against gone: not measured, target >= 1"
+
+
+def test_what_a_case_checks_becomes_a_verdict(clock):
+    def checks() -> list[Check]:
+        return [Check("the loss", 3e-7, 1e-6), Check("gradients", 0.5, 1e-5), Check("y", float("nan"), 1.0)]
+
+    verdicts = runner.run_benchmark("lora", [race(clock, checks=checks)], rounds=1).verdicts
+    assert [v.met for v in verdicts] == [True, False, False]
+    assert verdicts[0].sentence() == "the loss: relative error 3.0e-07: target <= 1e-06, met"
+    assert runner.checked(race(clock, checks=absent)) == []
+
+
+@pytest.mark.parametrize(
+    ("only", "names"), [(None, ["race"]), ("ace", ["race"]), ("rac", ["race", "race far"]), ("far", [])]
+)
+def test_an_extra_case_runs_only_where_its_name_is_begun(clock, only, names):
+    listed = [race(clock), race(clock, name="race far", extra=True)]
+    assert [case.name for case in runner.asked_for(listed, only)] == names
+
+
+def test_a_case_may_want_its_own_number_of_rounds(clock):
+    case = race(clock, rounds=2)
+    assert {t.rounds for t in runner.run_benchmark("lora", [case]).timings if not t.unavailable} == {2}
+    assert {t.rounds for t in runner.run_benchmark("lora", [case], rounds=3).timings if not t.unavailable} == {3}
 
 
 @pytest.fixture
@@ -142,10 +177,13 @@ def test_markdown_has_every_contestant_its_verdict_and_the_gpu_table_as_not_meas
     assert "| gone | not installed |" in text
     assert f"| **{OURS}** |" in text
     assert "- " + result.verdicts[0].sentence() in text
-    assert "on an H200: not measured" in text
+    assert "`head` on an H200: not measured" in text
     assert "<= 27 ms" in text
-    assert "not measured" not in tables.markdown([result, replace(result, device="cuda", machine={"gpu": "H200"})])
-    assert tables.markdown([]).count(": not measured") == 2
+    assert "| <= 1.1 times the time of frozen linear | not measured |" in text
+    measured = [replace(result, benchmark=name) for name in ("head", "lora")]
+    measured += [replace(one, device="cuda", machine={"gpu": "H200"}) for one in measured]
+    assert "not measured" not in tables.markdown(measured)
+    assert tables.markdown([]).count(": not measured") == 4
 
 
 def test_the_terminal_table_shows_what_the_file_holds(result, capsys):

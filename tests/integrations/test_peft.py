@@ -1,125 +1,223 @@
-"""What HydraModel writes is what PEFT and transformers read, and what it reads back is what it wrote, bit for bit."""
+"""An accelerated PEFT model computes what PEFT computes."""
 
-import json
+import copy
 
 import pytest
 import torch
-from architectures import CONFIGS, build
-from torch import nn
+from architectures import build
+from peft_models import IDS, TARGETS, both, run, same, theirs, two
 
-from rlhf_kernels.integrations.transformers import PackedRows
-from rlhf_kernels.nn import HydraModel, LoraSpec, Role
-from rlhf_kernels.nn.lora import lora_layers
-
-IDS = torch.arange(3, 20)
+from rlhf_kernels.integrations.peft import accelerate, accelerated, route
 
 
-def hydra(name="llama", spec=None, **options):
-    torch.manual_seed(0)
-    spec = spec or LoraSpec(r=4, alpha=6)
-    options.setdefault("adapters", {"actor": spec, "critic": LoraSpec(r=2)})
-    model = HydraModel({"base": build(name)}, **options)
-    for layer in lora_layers(model.bases["base"]).values():
-        for parameter in layer.lora_B.values():
-            nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def logits(model, role="actor"):
-    n = len(IDS)
-    return model.decode(
-        role, IDS, torch.arange(n), PackedRows(torch.tensor([0, n], dtype=torch.int32)), torch.arange(n)
-    )
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-@torch.no_grad()
-def test_an_adapter_loads_in_peft_and_gives_the_same_logits(name, tmp_path):
-    peft = pytest.importorskip("peft")
-    model = hydra(name)
-    model.save_pretrained(tmp_path)
-    theirs = peft.PeftModel.from_pretrained(build(name), tmp_path / "actor")
-    torch.testing.assert_close(logits(model), theirs(input_ids=IDS[None]).logits[0], rtol=1e-5, atol=1e-5)
-    assert (logits(model) - logits(model, "reference")).abs().max() > 0.1
-
-
-@torch.no_grad()
-def test_an_adapter_on_some_layers_only_loads_in_peft(tmp_path):
-    peft = pytest.importorskip("peft")
-    model = hydra(spec=LoraSpec(r=3, target_modules=("layers.0.self_attn.q_proj", "layers.1.mlp.up_proj")))
-    model.save_pretrained(tmp_path)
-    theirs = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "actor")
-    torch.testing.assert_close(logits(model), theirs(input_ids=IDS[None]).logits[0], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True}, {"rank_pattern": {"v_proj": 7, "c_fc": 2}, "alpha_pattern": {"q_proj": 3}}],
+    ids=["plain", "rslora", "patterns"],
+)
+def test_one_adapter_gives_pefts_logits_and_gradients(name, options):
+    own, mine = both(name, **options)
+    expected = run(own)
+    same(run(mine), expected)
+    assert len(expected[1]) == 2 * len(accelerated(mine))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("known", [True, False], ids=["into the same adapters", "as new adapters"])
-def test_adapters_and_heads_load_back_bit_equal(name, known, tmp_path):
-    model = hydra(name)
-    model.save_pretrained(tmp_path)
-    build(name).save_pretrained(tmp_path / "checkpoint")
-    adapters = {"actor": LoraSpec(r=4, alpha=6), "critic": LoraSpec(r=2)} if known else {}
-    again = HydraModel.from_pretrained(tmp_path / "checkpoint", adapters, dtype=None)
-    assert sorted(again.load_adapters(tmp_path)) == ["actor", "critic"]
-    again.roles["actor"] = Role("actor")
-    assert torch.equal(logits(again), logits(model))
-    for key, head in model.heads.items():
-        assert torch.equal(again.heads[key].weight, head.weight)
+@pytest.mark.parametrize("scale", [False, True], ids=["one scaling", "two scalings"])
+def test_several_active_adapters_add_up_and_each_has_its_gradient(name, scale):
+    adapters = {"actor": {"r": 4}, "critic": {"r": 3, "lora_alpha": 6 if scale else 4.5}}
+    own, mine = both(name, adapters)
+    for model in (own, mine):
+        model.base_model.set_adapter(["actor", "critic"])
+    expected = run(own)
+    same(run(mine), expected)
+    assert len(expected[1]) == 4 * len(accelerated(mine))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_trained_base_loads_back_bit_equal_here_and_in_transformers(name, tmp_path):
-    from transformers import AutoModelForCausalLM
+def test_scale_changes_are_seen():
+    own, mine = both("llama", {"actor": {}, "critic": {}})
+    for model in (own, mine):
+        for module in model.modules():
+            if hasattr(module, "set_scale"):
+                module.set_scale("actor", 2.5)
+                module.scale_layer(0.5)
+    same(run(mine), run(own))
+    from peft.helpers import rescale_adapter_scale
 
-    model = hydra(name, train_base=True)
-    with torch.no_grad():
-        for parameter in model.bases["base"].parameters():
-            parameter.add_(0.01)
-    model.save_pretrained(tmp_path)
-    again = HydraModel.from_pretrained(tmp_path, dtype=None)
-    assert torch.equal(logits(again, "reference"), logits(model, "reference"))
-    assert torch.equal(again.heads["reward"].weight, model.heads["reward"].weight)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32, attn_implementation="eager")
-    torch.testing.assert_close(theirs(IDS[None]).logits[0], logits(model, "reference"), rtol=1e-5, atol=1e-5)
+    with rescale_adapter_scale(own, 0.1), rescale_adapter_scale(mine, 0.1):
+        same(run(mine), run(own))
 
 
-def test_heads_beside_a_checkpoint_are_picked_up_for_every_base(tmp_path):
-    build("llama").save_pretrained(tmp_path)
-    first = HydraModel.from_pretrained(tmp_path, dtype=None)
-    first.save_pretrained(tmp_path)
-    several = HydraModel.from_pretrained(tmp_path, bases={"critic": tmp_path, "reward": tmp_path}, dtype=None)
-    assert torch.equal(several.heads["reward:reward"].weight, first.heads["reward"].weight)
-    assert torch.equal(several.heads["critic:value"].weight, first.heads["value"].weight)
+def test_a_trained_base_has_its_gradients():
+    own, mine = both("gpt2")
+    for model in (own, mine):
+        model.requires_grad_(True)
+    same(run(mine), run(own))
 
 
-@pytest.mark.parametrize(
-    "path", ["./no/such/model", "/no/such/model", "../x", "~/no-such-model", "a/b/c", "tests/missing"]
-)
-def test_a_path_that_is_not_there_is_no_hub_id(path):
-    with pytest.raises(ValueError, match=f"model: '{path}': no such directory"):
-        HydraModel.from_pretrained(path)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_disabled_adapters_are_the_base(name):
+    own, mine = both(name)
+    base = build(name)(input_ids=IDS).logits
+    with mine.disable_adapter():
+        torch.testing.assert_close(mine(input_ids=IDS).logits, base, rtol=1e-6, atol=1e-6)
+    same(run(mine), run(own))  # and they are back
+    for model in (own, mine):
+        model.base_model.disable_adapter_layers()
+    torch.testing.assert_close(mine(input_ids=IDS).logits, base, rtol=1e-6, atol=1e-6)
+    for model in (own, mine):
+        model.base_model.enable_adapter_layers()
+    same(run(mine), run(own))
 
 
-def test_a_directory_without_a_checkpoint_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"no config\.json"):
-        HydraModel.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no adapter"):
-        hydra().load_adapters(tmp_path)
+def test_an_untrained_adapter_is_bit_equal_to_disabled_ones():
+    mine = accelerate(theirs())
+    for path, parameter in mine.named_parameters():
+        if "lora_B" in path:
+            parameter.data.zero_()
+    trained = mine(input_ids=IDS).logits
+    with mine.disable_adapter():
+        assert torch.equal(mine(input_ids=IDS).logits, trained)
 
 
-def test_an_adapter_of_other_shape_or_kind_is_an_error(tmp_path):
-    model = hydra()
-    model.save_pretrained(tmp_path)
-    other = hydra(spec=LoraSpec(r=5, alpha=6))
-    with pytest.raises(ValueError, match=r"lora_A of adapter 'actor' is \[4, 48\]; it must be \[5, 48\]"):
-        other.load_adapters(tmp_path)
-    file = tmp_path / "actor" / "adapter_config.json"
-    for key, value in (("peft_type", "IA3"), ("use_dora", True), ("bias", "all")):
-        good = json.loads(file.read_text())
-        file.write_text(json.dumps(good | {key: value}))
-        with pytest.raises(ValueError, match=key):
-            hydra(adapters={}).load_adapters(tmp_path)
-        file.write_text(json.dumps(good))
-    (tmp_path / "actor" / "adapter_model.safetensors").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="not a readable safetensors file"):
-        hydra().load_adapters(tmp_path)
+@torch.no_grad()
+def test_merged_adapters_are_in_the_weights_and_come_out_again():
+    own, mine = both("gpt2", {"actor": {}, "critic": {}})
+    before = mine(input_ids=IDS).logits
+    for model in (own, mine):
+        model.merge_adapter(["critic"])
+    torch.testing.assert_close(mine(input_ids=IDS).logits, own(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="merged"):
+        mine(input_ids=IDS, adapter_names=["actor"] * 4)
+    with pytest.raises(ValueError, match="merged"), route(mine, torch.zeros(4, dtype=torch.long), ["actor"]):
+        mine(input_ids=IDS)
+    for model in (own, mine):
+        model.unmerge_adapter()
+    torch.testing.assert_close(mine(input_ids=IDS).logits, before, rtol=1e-5, atol=1e-5)
+    mine.merge_adapter(["critic"])
+    with mine.disable_adapter():  # which unmerges, in PEFT
+        torch.testing.assert_close(mine(input_ids=IDS).logits, build("gpt2")(input_ids=IDS).logits)
+    torch.testing.assert_close(
+        mine.merge_and_unload()(input_ids=IDS).logits, own.merge_and_unload()(input_ids=IDS).logits,
+        rtol=1e-5, atol=1e-5,
+    )  # fmt: skip
+
+
+def test_dropout_in_training_is_pefts_and_draws_the_same():
+    own, mine = both("llama", lora_dropout=0.3)
+    outputs = []
+    for model in (own, mine):
+        torch.manual_seed(7)
+        outputs.append(run(model))
+    assert torch.equal(outputs[0][0], outputs[1][0])
+    same(outputs[1], outputs[0])
+    same(run(mine.eval()), run(own.eval()))
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=["fp32 adapters", "bf16 adapters"])
+def test_bf16_is_as_near_to_the_truth_as_pefts_own_in_bf16(adapter_dtype):
+    """fp32 adapters are cast down on use (PEFT casts x up instead), so that the measure is PEFT with bf16 adapters."""
+    own, mine = both("llama", dtype=torch.bfloat16)
+    path = "base_model.model.model.layers.1.mlp.down_proj"
+    own, mine = (cast_adapters(m.get_submodule(path), adapter_dtype) for m in (own, mine))
+    x = torch.randn(24, 80).bfloat16()
+    weight = torch.randn(24, 48).bfloat16()
+    truth, plain, ours = (
+        layer_run(layer, x.to(layer.base_layer.weight.dtype), weight)
+        for layer in (copy.deepcopy(own).double(), cast_adapters(copy.deepcopy(own), torch.bfloat16), mine)
+    )
+    assert [t.dtype for t in ours] == [torch.bfloat16] * 2 + [adapter_dtype] * 2
+    for factor, want, their, our in zip((2, 3, 3, 3), truth, plain, ours):
+        error, bound = ((t.double() - want).abs().max() for t in (our, their))
+        assert error <= factor * bound
+        assert (our.double() - want).norm() <= 1e-2 * want.norm()
+
+
+def cast_adapters(layer, dtype):
+    for path, parameter in layer.named_parameters():
+        if "lora_" in path:
+            parameter.data = parameter.data.to(dtype)
+    return layer
+
+
+def layer_run(layer, x, weight):
+    """The output and the gradients of the input, A and B."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    y.backward(weight.to(y.dtype))
+    return [y.detach(), x.grad, layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_gives_pefts_dtypes(dtype):
+    own, mine = both("llama", dtype=dtype)
+    layers = [m.get_submodule("base_model.model.model.layers.1.mlp.down_proj") for m in (own, mine)]
+    for x in (torch.randn(2, 5, 80), torch.randn(2, 5, 80).bfloat16()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            expected, y = (layer(x) for layer in layers)
+        assert y.dtype == expected.dtype == torch.bfloat16
+        torch.testing.assert_close(y, expected, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("shape", [(48,), (0, 48), (2, 0, 48), (3, 48), (2, 3, 4, 48)], ids=str)
+def test_inputs_of_any_shape(shape):
+    own, mine = both()
+    x = torch.randn(shape)
+    their, our = (m.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")(x) for m in (own, mine))
+    torch.testing.assert_close(our, their, rtol=1e-5, atol=1e-6)
+
+
+def test_an_input_of_the_wrong_dtype_is_pefts_error():
+    _, mine = both()
+    with pytest.raises(RuntimeError, match="dtype"):
+        mine.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")(torch.randn(2, 48).double())
+
+
+@torch.no_grad()
+def test_hooks_on_a_part_are_run():
+    _, mine = both()
+    layer = mine.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    x, seen = torch.randn(2, 48), []
+    y = layer(x)
+    for part in (layer.base_layer, layer.lora_A["default"]):
+        handle = part.register_forward_hook(lambda *_: seen.append(1))
+        torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-6)
+        handle.remove()
+    assert len(seen) == 2
+
+
+def test_training_steps_are_those_of_pefts_model():
+    """As a trainer runs it: AdamW on what requires gradients, loss by labels."""
+    models = both("qwen2", lora_alpha=16)
+    losses = []
+    for model in models:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses.append([])
+        for _ in range(4):
+            loss = model(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[0][-1] < 0.95 * losses[0][0]
+
+
+@torch.no_grad()
+def test_generation_is_pefts():
+    own, mine = both()
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = own.eval().generate(IDS, **options)
+    assert torch.equal(mine.eval().generate(IDS, **options), expected)
+    assert expected.shape == (4, 14)
+
+
+@torch.no_grad()
+def test_generation_with_beams_and_an_adapter_a_sample():
+    own, mine = two().eval(), accelerate(two()).eval()
+    options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    names = ["actor", "critic", "__base__", "critic"]
+    assert torch.equal(
+        mine.generate(IDS, adapter_names=names, **options), own.generate(IDS, adapter_names=names, **options)
+    )

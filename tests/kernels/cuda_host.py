@@ -112,6 +112,32 @@ class HostPasses(Library):
         self.call("host_logprob_rows_backward", *source, *rest)
 
 
+class HostLora(Library):
+    """lora_small_m on a chip with or without clusters; the library is that of cuda_lora_on_host.cpp."""
+
+    def __init__(self, path: Path | str, clusters: bool = True, multiprocessors: int = 132) -> None:
+        super().__init__(path)
+        self.chip = clusters, multiprocessors
+        self.launched = 0
+
+    def lora_small_m(self, x, a, b, index, runs, scaling, scaling_tensor, y, s) -> None:
+        n, count = len(scaling), len(y)
+        parts = [(p.data_ptr(), q.data_ptr(), p.stride(0), q.stride(0), p.shape[0]) for p, q in zip(a, b)]
+        widths = [max((part[4] for part in parts[p * n : p * n + n]), default=0) for p in range(count)]
+        outputs = [(t.data_ptr(), t.stride(0), t.shape[1], sum(widths[:p])) for p, t in enumerate(y)]
+        of_rows = [e for lo, hi, e in zip(runs[0::3], runs[1::3], runs[2::3]) for _ in range(hi - lo)]
+        type_of_a = TYPES[a[0].dtype] if a else TYPES[x.dtype]
+        with torch.device("cpu"):
+            lists = [torch.tensor(v, dtype=torch.int64) for v in (parts, outputs, of_rows)]
+            scales = torch.tensor(scaling)
+        self.launched += 1
+        self.call(
+            "host_lora_small_m", TYPES[x.dtype], type_of_a, x, x.stride(0), *x.shape, lists[0], scales, n, lists[1],
+            count, index, index is not None and index.dtype == torch.int64, lists[2] if index is None else None,
+            scaling_tensor, s, s.stride(0), s.shape[0], *self.chip,
+        )  # fmt: skip
+
+
 def _as_c(value: object) -> object:
     if value is None:
         return ctypes.c_void_p(None)

@@ -68,6 +68,29 @@ def test_a_missing_barrier_shows_when_threads_run_in_the_other_order(examples):
     assert not torch.equal(forwards, backwards)
 
 
+def test_blocks_of_a_cluster_write_into_one_anothers_shared_memory(examples):
+    out = torch.zeros(8)
+    examples.call("run_cluster_sums", out)
+    assert out.tolist() == [6.0] * 4 + [22.0] * 4
+    with examples.backwards():
+        examples.call("run_cluster_sums", out.zero_())
+    assert out.tolist() == [6.0] * 4 + [22.0] * 4
+
+
+CLUSTER_MISTAKES = {
+    "run_cluster_without_a_barrier": "before a barrier of the cluster",
+    "run_blocks_that_have_ended": "a block that has ended",
+    "run_part_of_a_cluster": r"24 \(first: thread 24\) at __syncthreads .*; 40 .*at a barrier of the cluster",
+    "run_too_large_a_cluster": "a cluster that CUDA would refuse",
+}
+
+
+@pytest.mark.parametrize(("entry", "message"), CLUSTER_MISTAKES.items(), ids=CLUSTER_MISTAKES)
+def test_mistakes_with_clusters_are_errors(examples, entry, message):
+    with pytest.raises(cuda_host.KernelError, match=message):
+        examples.call(entry, torch.zeros(8))
+
+
 def test_a_launch_that_cuda_refuses_is_an_error(examples):
     with pytest.raises(cuda_host.KernelError, match="2048 threads"):
         examples.call("run_too_many_threads", torch.zeros(1, dtype=torch.int32))

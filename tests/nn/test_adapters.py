@@ -24,8 +24,11 @@ def test_all_linear_is_every_linear_of_the_decoder_layers_and_never_the_head(nam
 @pytest.mark.parametrize("name", CONFIGS)
 def test_attaching_adapters_changes_neither_the_logits_nor_the_names_of_the_weights(name):
     model, plain, ids = build(name), build(name), torch.arange(9)[None]
-    attach_adapters(model, {"actor": LoraSpec(r=2), "critic": LoraSpec(r=3)})
-    assert torch.equal(model(ids).logits, plain(ids).logits)
+    routes = attach_adapters(model, {"actor": LoraSpec(r=2), "critic": LoraSpec(r=3)})
+    logits = model(ids).logits
+    torch.testing.assert_close(logits, plain(ids).logits, rtol=1e-5, atol=1e-5)
+    with routes.use(Routing.from_runs([(0, 4, 0), (4, 9, -1)], 2)):
+        assert torch.equal(model(ids, use_cache=False).logits, logits)
     kept = {k for k in model.state_dict() if ".lora_A." not in k and ".lora_B." not in k}
     assert kept == set(plain.state_dict())
 

@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from rlhf_kernels.ops import registry
-from rlhf_kernels.ops.lora import library, tiles, triton_tier
+from rlhf_kernels.ops.lora import library, small, tiles, triton_tier
 
 
 class Tier(Protocol):
@@ -69,6 +69,7 @@ class Tier(Protocol):
 
 TIERS: tuple[tuple[registry.Backend, Tier], ...] = (  # in order of preference
     ("native", tiles),
+    ("native", small),
     ("triton", triton_tier),
     ("native", library),
 )
