@@ -90,7 +90,7 @@ def expand_tile_on(arch: str, dtype: torch.dtype) -> ExpandTile:
     if arch == "interpreter":
         return ExpandTile(32, 128, 4, 1)
     if dtype == torch.float32:
-        return ExpandTile(32, 64, 4, 1)
+        return ExpandTile(32, 32, 4, 1)
     return ExpandTile(64, 128, 8, 2)
 
 
@@ -98,7 +98,7 @@ def outer_tile_on(arch: str, dtype: torch.dtype, rank: int, vectors: bool = True
     if arch == "interpreter":
         return OuterTile(128, rank_block(rank, 64), 32, 4, 1)
     if dtype == torch.float32:
-        return OuterTile(64, rank_block(rank, SINGLE_BLOCK), 32, 4, 2)
+        return OuterTile(32, rank_block(rank, SINGLE_BLOCK), 32, 4, 2)
     if not vectors:
         return OuterTile(64, rank_block(rank, 64), 32, 8, 2)
     if arch == "gfx942":
