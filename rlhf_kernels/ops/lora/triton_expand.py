@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels.ops.logprob.triton_tiles import chip
-from rlhf_kernels.ops.lora.triton_launch import MOST_SOURCES, Rows, expand_tile_on, padded, rank_block
+from rlhf_kernels.ops.lora.triton_launch import MOST_SOURCES, Rows, aligned, expand_tile_on, padded, rank_block
 from rlhf_kernels.ops.lora.triton_parts import bias_of, columns_before, expanded, number, rows_of_tile, source
 
 
@@ -67,9 +67,10 @@ def _launch(
         return
     tile = expand_tile_on(chip(t.device), t.dtype)
     tiles_n = triton.cdiv(max(widths), tile.bn)
+    ranks_at_once = rank_block(max(ranks), 64 if aligned(*widths) else 32)
     expand[(triton.cdiv(rows.total, tile.bm) * tiles_n, len(outs))](
         t, *padded(packs), *padded(biases), *padded(outs), rows.index, rows.order, *padded(widths), *padded(ranks),
         t.shape[1], first, tiles_n, rows.total, rows.live, rows.adapters, SOURCES=len(outs),
         ORDERED=rows.order is not None, RANK_FIRST=rank_first, HAS_BIAS=biases[0] is not None, PRECISION="ieee",
-        BM=tile.bm, BN=tile.bn, BR=rank_block(max(ranks)), num_warps=tile.warps, num_stages=tile.stages,
+        BM=tile.bm, BN=tile.bn, BR=ranks_at_once, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -81,7 +81,7 @@ def shrink_tile_on(arch: str, dtype: torch.dtype, rank: int, vectors: bool = Tru
     if dtype == torch.float32:
         return ShrinkTile(32, rank_block(rank, SINGLE_BLOCK), 32, 4, 2)
     if arch == "gfx942" or not vectors:
-        return ShrinkTile(64, rank_block(rank, 64), 64, 4, 2)
+        return ShrinkTile(64, rank_block(rank, 64 if vectors else 32), 64, 4, 2)
     wide = rank > 64
     return ShrinkTile(64, rank_block(rank, 128), 64, 8 if wide else 4, 4 if wide or arch == "sm_80" else 6)
 
@@ -104,7 +104,7 @@ def outer_tile_on(arch: str, dtype: torch.dtype, rank: int, vectors: bool = True
     if arch == "gfx942":
         return OuterTile(128, rank_block(rank, 64), 64, 4, 2)
     if arch == "sm_80":
-        return OuterTile(128, rank_block(rank, 128), 64, 8, 3)
+        return OuterTile(64, rank_block(rank, 64), 64, 4, 3)
     return OuterTile(128, rank_block(rank, 128), 64, 4, 5)
 
 
