@@ -263,13 +263,15 @@ class Region {
     Buffer<float> bias(group * kTile);
     packed_ = packed.data, s_ = s.data, own_ = own.data, bias_ = bias.data;
     block_.job.unit->begin();
-    for (first_ = first_column; first_ < last_column; first_ += group) {
-      count_ = std::min(group, last_column - first_);
+    for (int64_t g = 0; g < groups; ++g) {
+      first_ = first_column + columns * g / groups;
+      const int64_t next = first_column + columns * (g + 1) / groups, beyond = first_column + columns * (g + 2) / groups;
+      count_ = next - first_;
       load_bias();
       for (held_.assign(held_.size(), {}), pass_ = 0; pass_ < passes_.size(); ++pass_) {
         const bool last = pass_ + 1 == passes_.size();
         pack_columns();
-        look_ahead(std::min(group, last_column - first_ - count_), tiles);
+        look_ahead(g + 1 < groups ? beyond - next : 0, tiles);
         for (int64_t i = first_tile; i < last_tile; ++i) {
           sums_ = sums.data + (passes_.size() > 1 ? (i - first_tile) * group : 0);
           if (last) fetch(i);
