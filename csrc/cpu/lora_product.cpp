@@ -22,14 +22,9 @@ using operand::kStepWords;
 using operand::kTile;
 using operand::kTileSums;
 
-constexpr int64_t kPanelBytes = 512 << 10;  // of packed columns held at a time, in the second-level cache
+constexpr int64_t kPanelBytes = 384 << 10;  // of packed columns held at a time, in the second-level cache
 constexpr int64_t kMostPanels = 10;
 constexpr int64_t kLeftBytes = int64_t(16) << 20;  // of packed rows held at a time
-
-// To the second-level cache; may lie behind the end.
-void prefetch(const uint32_t* p, int64_t words) {
-  for (int64_t i = 0; i < words; i += 16) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
-}
 
 // Positions [first, first + rows) of the job, packed.
 struct Block {
@@ -97,7 +92,7 @@ void shrink(const Block& block, const Term& term, int64_t tile, PackedAdapter& h
     const uint32_t* right = held.get(job, e, adapter.shrink, 0, adapter.rank);
     const int64_t panels = operand::tiles(adapter.rank);
     if (steps == 0) std::fill_n(sums[0], panels * kTileSums, 0.0f);
-    const int64_t parts = chunks(job.words, steps);
+    const int64_t parts = chunks(*job.unit, job.words, steps);
     for (int64_t c = 0; c < parts; ++c) {
       const int64_t s = steps * c / parts, n = steps * (c + 1) / parts - s;
       for (int64_t j = 0; j < panels; ++j) {
@@ -148,16 +143,6 @@ void prepare(const Block& block) {
   });
 }
 
-// Where store_rows will write, for ownership of its cache lines.
-template <typename E>
-void fetch_rows(const Block& block, const Output& out, int64_t tile, int64_t column, int64_t count) {
-  for (int64_t i = tile * kTile; i < std::min(block.rows, (tile + 1) * kTile); ++i) {
-    auto* to = static_cast<typename E::type*>(out.data) + block.job.rows->row(block.first + i) * out.stride + column;
-    const auto* end = reinterpret_cast<const char*>(to + count);
-    for (const char* p = reinterpret_cast<const char*>(to); p < end; p += 64) __builtin_prefetch(p, 1, 3);
-  }
-}
-
 // Rows of tiles beside each other, with a bias, to where the rows belong.
 template <typename E>
 void store_rows(const Block& block, const Output& out, const float (*sums)[kTileSums], int64_t tile, int64_t column,
@@ -186,38 +171,10 @@ void store_rows(const Block& block, const Output& out, const float (*sums)[kTile
   });
 }
 
-// Calls for the columns that a region packs next, a few cache lines at a time, while it multiplies.
-class Ahead {
- public:
-  Ahead() = default;
-  Ahead(const Matrix& m, int64_t first, int64_t count, int64_t calls) {
-    const int64_t size = m.type == Type::single ? 4 : 2;
-    const int64_t lines = count <= 0 ? 0 : m.along ? count : m.depth;
-    stride_ = m.stride * size;
-    at_ = static_cast<const char*>(m.data) + first * (m.along ? stride_ : size);
-    width_ = (m.along ? m.depth : count) * size;
-    left_ = lines * ((width_ + 63) / 64);
-    share_ = (left_ + calls - 1) / std::max<int64_t>(calls, 1);
-  }
-
-  void fetch() {
-    for (int64_t i = std::min(share_, left_); i > 0; --i, --left_) {
-      _mm_prefetch(at_ + from_, _MM_HINT_T1);
-      from_ += 64;
-      if (from_ >= width_) from_ = 0, at_ += stride_;
-    }
-  }
-
- private:
-  const char* at_ = nullptr;
-  int64_t stride_ = 0, width_ = 0, from_ = 0, left_ = 0, share_ = 0;
-};
-
 // The tiles of some rows and columns of one product.
 class Region {
  public:
-  Region(const Block& block, const Product& product)
-      : block_(block), product_(product), held_(product.terms.size()), ahead_(product.terms.size()) {
+  Region(const Block& block, const Product& product) : block_(block), product_(product), held_(product.terms.size()) {
     int64_t panel = 1, rank = 1;
     for (const Term& term : product.terms) {
       panels_.push_back(panel_bytes_ / 4);
@@ -242,7 +199,6 @@ class Region {
     for (first_ = first_column; first_ < last_column; first_ += group) {
       count_ = std::min(group, last_column - first_);
       pack_columns();
-      look_ahead(std::min(group, last_column - first_ - count_), last_tile - first_tile);
       for (int64_t i = first_tile; i < last_tile; ++i) {
         base(i);
         for (size_t t = 0; t < product_.terms.size(); ++t) expand(i, product_.terms[t], held_[t]);
@@ -271,31 +227,17 @@ class Region {
     });
   }
 
-  void look_ahead(int64_t columns, int64_t tiles) {
-    for (size_t t = 0; t < product_.terms.size(); ++t) {
-      const Term& term = product_.terms[t];
-      const int64_t first = (first_ + count_) * kTile, count = std::min(columns * kTile, product_.out.columns - first);
-      ahead_[t] = Ahead(term.right, first, count, tiles * count_ * chunks(block_.job.words, block_.steps[term.left]));
-    }
-  }
-
   void base(int64_t tile) {
     bool add = false;
     const bf16::TileUnit& unit = *block_.job.unit;
     const int64_t rows = std::min(kTile, block_.rows - tile * kTile);
-    operand::with_element(product_.out.type, [&](auto element) {
-      fetch_rows<decltype(element)>(block_, product_.out, tile, first_ * kTile, width());
-    });
     for (size_t t = 0; t < product_.terms.size(); ++t) {
       const int64_t which = product_.terms[t].left, steps = block_.steps[which];
       const uint32_t *left = block_.left(which, tile), *right = packed_ + panels_[t] * count_;
-      const int64_t parts = chunks(block_.job.words, steps);
+      const int64_t parts = chunks(unit, block_.job.words, steps);
       for (int64_t c = 0; c < parts; ++c) {
         const int64_t s = steps * c / parts, n = steps * (c + 1) / parts - s;
-        const int64_t share = (n * kStep + count_ - 1) / count_;
         for (int64_t j = 0; j < count_; ++j) {
-          prefetch(left + (s + n) * kStep + j * share, share);  // the next chunk, from the third level
-          ahead_[t].fetch();
           const uint32_t* panel = right + (j * steps + s) * kStep;
           if (rows > 16) {
             unit.multiply(left + s * kStep, panel, n, sums_[j], add);
@@ -339,7 +281,6 @@ class Region {
   const Block& block_;
   const Product& product_;
   std::vector<PackedAdapter> held_;
-  std::vector<Ahead> ahead_;
   std::vector<int64_t> panels_;  // words before a term's panels, for one column tile
   int64_t panel_bytes_ = 0, group_, rank_steps_, first_ = 0, count_ = 0;
   uint32_t *packed_ = nullptr, *s_ = nullptr;
