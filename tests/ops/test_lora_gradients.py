@@ -155,13 +155,16 @@ def test_under_an_index_an_unused_adapter_gets_zeros_whatever_the_index_holds():
         assert [bool(t.grad.any()) for t in a_list] == [True, True, True, False, False]
 
 
-def test_adapters_of_another_dtype_are_cast_and_get_gradients_in_their_own():
+@pytest.mark.parametrize(
+    "kinds", [(torch.float32,) * 2, (torch.float32, torch.float64), (torch.float64, torch.float16)]
+)
+def test_adapters_of_another_dtype_are_cast_and_get_gradients_in_their_own(kinds):
     x, weight, a, b, _ = tensors(n=1, dtype=torch.bfloat16)
-    a, b = a.float().requires_grad_(), b.float().requires_grad_()
+    a, b = a.to(kinds[0]).requires_grad_(), b.to(kinds[1]).requires_grad_()
     y = lora_linear(x, weight, a, b)
     y.sum().backward()
     assert y.dtype == torch.bfloat16
-    assert a.grad.dtype == b.grad.dtype == torch.float32
+    assert (a.grad.dtype, b.grad.dtype) == kinds
 
 
 @pytest.mark.host
