@@ -68,7 +68,7 @@ struct Job {
   void* s;
 };
 
-constexpr int64_t kStepsAtOnce = 11;  // of depth: both operands' chunks lie in the first-level cache
+constexpr int64_t kStepsAtOnce = 8;   // of depth: both operands' chunks lie in the first-level cache
 constexpr int64_t kFewestChunks = 4;  // of fp32: a chunk's sums are formed apart, which keeps the chains short
 
 // Into how many parts a depth is cut, nearly equal ones.

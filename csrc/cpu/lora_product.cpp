@@ -22,8 +22,9 @@ using operand::kStepWords;
 using operand::kTile;
 using operand::kTileSums;
 
-constexpr int64_t kPanelBytes = 512 << 10;  // of packed columns held at a time, in the second-level cache
+constexpr int64_t kPanelBytes = 768 << 10;  // of packed columns held at a time, in the second-level cache
 constexpr int64_t kMostPanels = 10;
+constexpr int64_t kPassSteps = 80;  // of depth in one pass over the rows: deeper columns would not fit there
 constexpr int64_t kLeftBytes = int64_t(16) << 20;  // of packed rows held at a time
 
 // To the second-level cache; may lie behind the end.
@@ -189,13 +190,12 @@ void store_rows(const Block& block, const Output& out, const float (*sums)[kTile
 // Calls for the columns that a region packs next, a few cache lines at a time, while it multiplies.
 class Ahead {
  public:
-  Ahead() = default;
-  Ahead(const Matrix& m, int64_t first, int64_t count, int64_t calls) {
+  Ahead(const Matrix& m, int64_t first, int64_t count, int64_t from, int64_t depth, int64_t calls) {
     const int64_t size = m.type == Type::single ? 4 : 2;
-    const int64_t lines = count <= 0 ? 0 : m.along ? count : m.depth;
+    const int64_t lines = count <= 0 ? 0 : m.along ? count : depth;
     stride_ = m.stride * size;
-    at_ = static_cast<const char*>(m.data) + first * (m.along ? stride_ : size);
-    width_ = (m.along ? m.depth : count) * size;
+    at_ = static_cast<const char*>(m.data) + first * (m.along ? stride_ : size) + from * (m.along ? size : stride_);
+    width_ = (m.along ? depth : count) * size;
     left_ = lines * ((width_ + 63) / 64);
     share_ = (left_ + calls - 1) / std::max<int64_t>(calls, 1);
   }
@@ -213,54 +213,78 @@ class Ahead {
   int64_t stride_ = 0, width_ = 0, from_ = 0, left_ = 0, share_ = 0;
 };
 
+// Some steps of a term's depth; `at`: words of the pass before it, for one column tile.
+struct Part {
+  size_t term;
+  int64_t from, steps, at;
+};
+
+// The depth of all terms, one after the other, in nearly equal passes. Whatever else there is to do, it is cut alike.
+std::vector<std::vector<Part>> passes_of(const Block& block, const Product& product) {
+  int64_t all = 0, before = 0;
+  for (const Term& term : product.terms) all += block.steps[term.left];
+  const int64_t count = std::max<int64_t>(1, (all + kPassSteps - 1) / kPassSteps);
+  std::vector<std::vector<Part>> passes(count);
+  for (size_t t = 0; t < product.terms.size(); ++t) {
+    const int64_t steps = block.steps[product.terms[t].left];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t begin = all * i / count;
+      const int64_t lo = std::max(begin, before), hi = std::min(all * (i + 1) / count, before + steps);
+      if (lo < hi) passes[i].push_back({t, lo - before, hi - lo, (lo - begin) * kStep});
+    }
+    before += steps;
+  }
+  return passes;
+}
+
 // The tiles of some rows and columns of one product.
 class Region {
  public:
   Region(const Block& block, const Product& product)
-      : block_(block), product_(product), held_(product.terms.size()), ahead_(product.terms.size()) {
-    int64_t panel = 1, rank = 1;
+      : block_(block), product_(product), passes_(passes_of(block, product)), held_(product.terms.size()) {
+    int64_t rank = 1;
     for (const Term& term : product.terms) {
-      panels_.push_back(panel_bytes_ / 4);
-      panel_bytes_ += block.steps[term.left] * kStep * 4;
       for (const Adapter& adapter : term.adapters) rank = std::max(rank, adapter.rank);
     }
-    panel = std::max<int64_t>(panel_bytes_, 1);
-    group_ = std::clamp<int64_t>(kPanelBytes / panel, 2, kMostPanels);
+    for (const auto& pass : passes_) {
+      if (!pass.empty()) panel_ = std::max(panel_, pass.back().at + pass.back().steps * kStep);
+    }
+    group_ = std::clamp<int64_t>(kPanelBytes / (4 * std::max<int64_t>(panel_, 1)), 2, kMostPanels);
     rank_steps_ = operand::steps(block.job.words, rank);
   }
 
   void run(int64_t first_tile, int64_t last_tile, int64_t first_column, int64_t last_column) {
-    const Job& job = block_.job;
-    const int64_t columns = last_column - first_column;
+    const int64_t columns = last_column - first_column, tiles = last_tile - first_tile;
     // equal groups
     const int64_t groups = (columns + group_ - 1) / group_, group = (columns + groups - 1) / groups;
-    Buffer<uint32_t> packed(group * panel_bytes_ / 4 + 1), s(rank_steps_ * kStep);
-    Buffer<float[kTileSums]> sums(group), own(1);
+    // between passes the sums of all tiles are kept
+    Buffer<float[kTileSums]> sums(group * (passes_.size() > 1 ? tiles : 1)), own(1);
+    Buffer<uint32_t> packed(group * panel_ + 1), s(rank_steps_ * kStep);
     Buffer<float> bias(group * kTile);
-    packed_ = packed.data, s_ = s.data, sums_ = sums.data, own_ = own.data, bias_ = bias.data;
-    job.unit->begin();
+    packed_ = packed.data, s_ = s.data, own_ = own.data, bias_ = bias.data;
+    block_.job.unit->begin();
     for (first_ = first_column; first_ < last_column; first_ += group) {
       count_ = std::min(group, last_column - first_);
-      pack_columns();
-      look_ahead(std::min(group, last_column - first_ - count_), last_tile - first_tile);
-      for (int64_t i = first_tile; i < last_tile; ++i) {
-        base(i);
-        for (size_t t = 0; t < product_.terms.size(); ++t) expand(i, product_.terms[t], held_[t]);
-        store(i);
+      load_bias();
+      for (held_.assign(held_.size(), {}), pass_ = 0; pass_ < passes_.size(); ++pass_) {
+        const bool last = pass_ + 1 == passes_.size();
+        pack_columns();
+        look_ahead(std::min(group, last_column - first_ - count_), tiles);
+        for (int64_t i = first_tile; i < last_tile; ++i) {
+          sums_ = sums.data + (passes_.size() > 1 ? (i - first_tile) * group : 0);
+          if (last) fetch(i);
+          base(i);
+          if (last) finish(i);
+        }
       }
     }
-    job.unit->end();
+    block_.job.unit->end();
   }
 
  private:
   int64_t width() const { return std::min(count_ * kTile, product_.out.columns - first_ * kTile); }
 
-  void pack_columns() {
-    const Job& job = block_.job;
-    for (size_t t = 0; t < product_.terms.size(); ++t) {
-      operand::right(job.words, product_.terms[t].right, first_ * kTile, width(), packed_ + panels_[t] * count_);
-      held_[t].held = -1;
-    }
+  void load_bias() {
     if (product_.out.bias == nullptr) return;
     operand::with_element(product_.out.type, [&](auto element) {
       using E = decltype(element);
@@ -271,32 +295,49 @@ class Region {
     });
   }
 
+  // The elements of a part's depth, and how many come before it in the term's.
+  std::pair<int64_t, int64_t> elements_of(const Part& part) const {
+    const int64_t each = kStepWords * operand::per_word(block_.job.words);
+    return {part.from * each, std::min(part.steps * each, product_.terms[part.term].right.depth - part.from * each)};
+  }
+
+  void pack_columns() {
+    for (const Part& part : passes_[pass_]) {
+      const auto [from, depth] = elements_of(part);
+      operand::right(block_.job.words, product_.terms[part.term].right, first_ * kTile, width(),
+                     packed_ + part.at * count_, from, depth);
+    }
+  }
+
+  // The columns that come next: of the next pass, or of the next group, `columns` of them, in its first.
   void look_ahead(int64_t columns, int64_t tiles) {
-    for (size_t t = 0; t < product_.terms.size(); ++t) {
-      const Term& term = product_.terms[t];
-      const int64_t first = (first_ + count_) * kTile, count = std::min(columns * kTile, product_.out.columns - first);
-      ahead_[t] = Ahead(term.right, first, count, tiles * count_ * chunks(block_.job.words, block_.steps[term.left]));
+    const bool last = pass_ + 1 == passes_.size();
+    const int64_t first = last ? (first_ + count_) * kTile : first_ * kTile;
+    const int64_t count = last ? std::min(columns * kTile, product_.out.columns - first) : width();
+    int64_t calls = 0;
+    for (const Part& part : passes_[pass_]) calls += tiles * count_ * chunks(block_.job.words, part.steps);
+    ahead_.clear();
+    for (const Part& part : passes_[last ? 0 : pass_ + 1]) {
+      const auto [from, depth] = elements_of(part);
+      ahead_.emplace_back(product_.terms[part.term].right, first, count, from, depth, calls);
     }
   }
 
   void base(int64_t tile) {
-    bool add = false;
+    bool add = pass_ > 0;
     const bf16::TileUnit& unit = *block_.job.unit;
     const int64_t rows = std::min(kTile, block_.rows - tile * kTile);
-    operand::with_element(product_.out.type, [&](auto element) {
-      fetch_rows<decltype(element)>(block_, product_.out, tile, first_ * kTile, width());
-    });
-    for (size_t t = 0; t < product_.terms.size(); ++t) {
-      const int64_t which = product_.terms[t].left, steps = block_.steps[which];
-      const uint32_t *left = block_.left(which, tile), *right = packed_ + panels_[t] * count_;
-      const int64_t parts = chunks(block_.job.words, steps);
+    for (const Part& part : passes_[pass_]) {
+      const uint32_t* left = block_.left(product_.terms[part.term].left, tile) + part.from * kStep;
+      const uint32_t* right = packed_ + part.at * count_;
+      const int64_t parts = chunks(block_.job.words, part.steps);
       for (int64_t c = 0; c < parts; ++c) {
-        const int64_t s = steps * c / parts, n = steps * (c + 1) / parts - s;
+        const int64_t s = part.steps * c / parts, n = part.steps * (c + 1) / parts - s;
         const int64_t share = (n * kStep + count_ - 1) / count_;
         for (int64_t j = 0; j < count_; ++j) {
           prefetch(left + (s + n) * kStep + j * share, share);  // the next chunk, from the third level
-          ahead_[t].fetch();
-          const uint32_t* panel = right + (j * steps + s) * kStep;
+          for (Ahead& ahead : ahead_) ahead.fetch();
+          const uint32_t* panel = right + (j * part.steps + s) * kStep;
           if (rows > 16) {
             unit.multiply(left + s * kStep, panel, n, sums_[j], add);
           } else {
@@ -307,6 +348,17 @@ class Region {
       }
     }
     if (!add) std::fill_n(sums_[0], count_ * kTileSums, 0.0f);
+  }
+
+  void fetch(int64_t tile) {
+    operand::with_element(product_.out.type, [&](auto element) {
+      fetch_rows<decltype(element)>(block_, product_.out, tile, first_ * kTile, width());
+    });
+  }
+
+  void finish(int64_t tile) {
+    for (size_t t = 0; t < product_.terms.size(); ++t) expand(tile, product_.terms[t], held_[t]);
+    store(tile);
   }
 
   void expand(int64_t tile, const Term& term, PackedAdapter& held) {
@@ -338,10 +390,12 @@ class Region {
 
   const Block& block_;
   const Product& product_;
+  const std::vector<std::vector<Part>> passes_;
   std::vector<PackedAdapter> held_;
   std::vector<Ahead> ahead_;
-  std::vector<int64_t> panels_;  // words before a term's panels, for one column tile
-  int64_t panel_bytes_ = 0, group_, rank_steps_, first_ = 0, count_ = 0;
+  int64_t panel_ = 0;  // words of a pass, for one column tile
+  int64_t group_, rank_steps_, first_ = 0, count_ = 0;
+  size_t pass_ = 0;
   uint32_t *packed_ = nullptr, *s_ = nullptr;
   float (*sums_)[kTileSums] = nullptr, (*own_)[kTileSums] = nullptr;
   float* bias_ = nullptr;

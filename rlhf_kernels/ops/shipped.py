@@ -14,6 +14,7 @@ FILES = (
     "rlhf_kernels.ops.logprob.triton_rows",
     "rlhf_kernels.ops.logprob.triton_logits",
     "rlhf_kernels.ops.logprob.triton_shipped",
+    "rlhf_kernels.ops.lora.triton_shipped",
 )
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 

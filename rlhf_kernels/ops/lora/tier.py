@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from rlhf_kernels.ops import registry
-from rlhf_kernels.ops.lora import library, small, tiles
+from rlhf_kernels.ops.lora import library, small, tiles, triton_tier
 
 
 class Tier(Protocol):
@@ -70,6 +70,7 @@ class Tier(Protocol):
 TIERS: tuple[tuple[registry.Backend, Tier], ...] = (  # in order of preference
     ("native", small),
     ("native", tiles),
+    ("triton", triton_tier),
     ("native", library),
 )
 
