@@ -210,6 +210,46 @@ def test_torch_func_grad_gives_the_same_gradient():
     torch.testing.assert_close(got["b"], b.grad)
 
 
+@pytest.mark.host
+@pytest.mark.parametrize("rows", [9, 40])
+def test_a_backward_under_autocast_is_in_its_forwards_dtype(rows):
+    x, weight, a, b, _ = tensors(rows=rows)
+    leaves = [t.requires_grad_() for t in (x, weight, a, b)]
+    y = lora_linear(*leaves, torch.arange(rows) % 4 - 1)
+    want = torch.autograd.grad(y, leaves, torch.ones_like(y), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.host
+def test_forward_mode_derivatives_are_the_definitions():
+    """Kernels have none, and where nothing requires a gradient a tangent would be lost in silence."""
+    x, weight, a, b, _ = tensors(rows=40)
+    index = torch.arange(40) % 4 - 1
+    direction = torch.randn_like(b)
+    _, got = torch.func.jvp(lambda b: lora_linear(x, weight, a, b, index), (b,), (direction,))
+    want = lora_linear(x, torch.zeros_like(weight), a, direction, index)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.host
+def test_saved_tensors_may_come_back_in_another_layout():
+    x, weight, a, b, _ = tensors(rows=40)
+    leaves = [t.requires_grad_() for t in (x, weight, a, b)]
+    index = torch.arange(40) % 4 - 1
+
+    def gradients():
+        return torch.autograd.grad(lora_linear(*leaves, index).square().sum(), leaves)
+
+    want = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.mT.contiguous() if t.ndim > 1 else t, lambda t: t.mT if t.ndim > 1 else t
+    ):
+        got = gradients()
+    torch.testing.assert_close(got, want)
+
+
 def test_checkpointing_gives_the_same_gradients():
     index = torch.tensor(ROUTES["scattered"])
     leaves = tensors(rows=len(index))

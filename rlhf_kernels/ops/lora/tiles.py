@@ -92,7 +92,8 @@ def backward(
     if needs[0] or any(t.numel() for t in slots):
         torch.ops.rlhf_kernels.lora_tiles_backward(
             [_rows(grad) if grad.ndim == 2 else grad for grad in grads], _lines(weights) if needs[0] else weights,
-            _lines(lora_a), _lines(lora_b), _index(index, runs), runs or [], scaling, x, s, grad_rows, dx, da, db,
+            _lines(lora_a), _lines(lora_b), _index(index, runs), runs or [], scaling, x, _rows(s), grad_rows, dx,
+            da, db,
         )  # fmt: skip
     live = [grad[:grad_rows] if grad.ndim == 2 else None for grad in grads]
     dweights = [
