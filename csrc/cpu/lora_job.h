@@ -68,13 +68,13 @@ struct Job {
   void* s;
 };
 
-constexpr int64_t kStepsAtOnce = 8;   // of depth: both operands' chunks lie in the first-level cache
-constexpr int64_t kFewestChunks = 4;  // of fp32: a chunk's sums are formed apart, which keeps the chains short
-
-// Into how many parts a depth is cut, nearly equal ones.
-inline int64_t chunks(Type words, int64_t steps) {
-  const int64_t least = words == Type::single ? std::min(kFewestChunks, steps) : 0;
-  return std::max(least, (steps + kStepsAtOnce - 1) / kStepsAtOnce);
+// Into how many parts a depth is cut, nearly equal ones. The matrix unit wants both operands' part in the first-level
+// cache; the vector unit is fed from the second as fast, and keeps its sums the longer. A call of the fp32 unit forms
+// its sums apart, so several calls keep the chains short.
+inline int64_t chunks(const bf16::TileUnit& unit, Type words, int64_t steps) {
+  const int64_t most = unit.isa == bf16::Isa::amx ? 11 : 8,
+                least = words == Type::single ? std::min<int64_t>(4, steps) : 0;
+  return std::max(least, (steps + most - 1) / most);
 }
 
 void multiply(const Job& job);

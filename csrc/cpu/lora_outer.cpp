@@ -68,7 +68,7 @@ void some_panels(const bf16::TileUnit& unit, Type words, const Outer& outer, con
     const int64_t from = begin * kStepWords * operand::per_word(words);
     const int64_t taken = std::min(depth - from, held * kStepWords * operand::per_word(words));
     operand::right(words, outer.right, first * kTile, width, right, outer.lo + from, taken);
-    const int64_t parts = chunks(words, held);
+    const int64_t parts = chunks(unit, words, held);
     for (int64_t c = 0; c < parts; ++c) {
       const int64_t s = held * c / parts, n = held * (c + 1) / parts - s;
       for (int64_t r = 0; r < ranks; ++r) {

@@ -27,11 +27,6 @@ constexpr int64_t kMostPanels = 10;
 constexpr int64_t kPassSteps = 80;  // of depth in one pass over the rows: deeper columns would not fit there
 constexpr int64_t kLeftBytes = int64_t(16) << 20;  // of packed rows held at a time
 
-// To the second-level cache; may lie behind the end.
-void prefetch(const uint32_t* p, int64_t words) {
-  for (int64_t i = 0; i < words; i += 16) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
-}
-
 // Positions [first, first + rows) of the job, packed.
 struct Block {
   const Job& job;
@@ -98,7 +93,7 @@ void shrink(const Block& block, const Term& term, int64_t tile, PackedAdapter& h
     const uint32_t* right = held.get(job, e, adapter.shrink, 0, adapter.rank);
     const int64_t panels = operand::tiles(adapter.rank);
     if (steps == 0) std::fill_n(sums[0], panels * kTileSums, 0.0f);
-    const int64_t parts = chunks(job.words, steps);
+    const int64_t parts = chunks(*job.unit, job.words, steps);
     for (int64_t c = 0; c < parts; ++c) {
       const int64_t s = steps * c / parts, n = steps * (c + 1) / parts - s;
       for (int64_t j = 0; j < panels; ++j) {
@@ -149,16 +144,6 @@ void prepare(const Block& block) {
   });
 }
 
-// Where store_rows will write, for ownership of its cache lines.
-template <typename E>
-void fetch_rows(const Block& block, const Output& out, int64_t tile, int64_t column, int64_t count) {
-  for (int64_t i = tile * kTile; i < std::min(block.rows, (tile + 1) * kTile); ++i) {
-    auto* to = static_cast<typename E::type*>(out.data) + block.job.rows->row(block.first + i) * out.stride + column;
-    const auto* end = reinterpret_cast<const char*>(to + count);
-    for (const char* p = reinterpret_cast<const char*>(to); p < end; p += 64) __builtin_prefetch(p, 1, 3);
-  }
-}
-
 // Rows of tiles beside each other, with a bias, to where the rows belong.
 template <typename E>
 void store_rows(const Block& block, const Output& out, const float (*sums)[kTileSums], int64_t tile, int64_t column,
@@ -186,32 +171,6 @@ void store_rows(const Block& block, const Output& out, const float (*sums)[kTile
     }
   });
 }
-
-// Calls for the columns that a region packs next, a few cache lines at a time, while it multiplies.
-class Ahead {
- public:
-  Ahead(const Matrix& m, int64_t first, int64_t count, int64_t from, int64_t depth, int64_t calls) {
-    const int64_t size = m.type == Type::single ? 4 : 2;
-    const int64_t lines = count <= 0 ? 0 : m.along ? count : depth;
-    stride_ = m.stride * size;
-    at_ = static_cast<const char*>(m.data) + first * (m.along ? stride_ : size) + from * (m.along ? size : stride_);
-    width_ = (m.along ? depth : count) * size;
-    left_ = lines * ((width_ + 63) / 64);
-    share_ = (left_ + calls - 1) / std::max<int64_t>(calls, 1);
-  }
-
-  void fetch() {
-    for (int64_t i = std::min(share_, left_); i > 0; --i, --left_) {
-      _mm_prefetch(at_ + from_, _MM_HINT_T1);
-      from_ += 64;
-      if (from_ >= width_) from_ = 0, at_ += stride_;
-    }
-  }
-
- private:
-  const char* at_ = nullptr;
-  int64_t stride_ = 0, width_ = 0, from_ = 0, left_ = 0, share_ = 0;
-};
 
 // Some steps of a term's depth; `at`: words of the pass before it, for one column tile.
 struct Part {
@@ -263,16 +222,15 @@ class Region {
     Buffer<float> bias(group * kTile);
     packed_ = packed.data, s_ = s.data, own_ = own.data, bias_ = bias.data;
     block_.job.unit->begin();
-    for (first_ = first_column; first_ < last_column; first_ += group) {
-      count_ = std::min(group, last_column - first_);
+    for (int64_t g = 0; g < groups; ++g) {
+      first_ = first_column + columns * g / groups;
+      count_ = first_column + columns * (g + 1) / groups - first_;
       load_bias();
       for (held_.assign(held_.size(), {}), pass_ = 0; pass_ < passes_.size(); ++pass_) {
         const bool last = pass_ + 1 == passes_.size();
         pack_columns();
-        look_ahead(std::min(group, last_column - first_ - count_), tiles);
         for (int64_t i = first_tile; i < last_tile; ++i) {
           sums_ = sums.data + (passes_.size() > 1 ? (i - first_tile) * group : 0);
-          if (last) fetch(i);
           base(i);
           if (last) finish(i);
         }
@@ -309,20 +267,6 @@ class Region {
     }
   }
 
-  // The columns that come next: of the next pass, or of the next group, `columns` of them, in its first.
-  void look_ahead(int64_t columns, int64_t tiles) {
-    const bool last = pass_ + 1 == passes_.size();
-    const int64_t first = last ? (first_ + count_) * kTile : first_ * kTile;
-    const int64_t count = last ? std::min(columns * kTile, product_.out.columns - first) : width();
-    int64_t calls = 0;
-    for (const Part& part : passes_[pass_]) calls += tiles * count_ * chunks(block_.job.words, part.steps);
-    ahead_.clear();
-    for (const Part& part : passes_[last ? 0 : pass_ + 1]) {
-      const auto [from, depth] = elements_of(part);
-      ahead_.emplace_back(product_.terms[part.term].right, first, count, from, depth, calls);
-    }
-  }
-
   void base(int64_t tile) {
     bool add = pass_ > 0;
     const bf16::TileUnit& unit = *block_.job.unit;
@@ -330,13 +274,10 @@ class Region {
     for (const Part& part : passes_[pass_]) {
       const uint32_t* left = block_.left(product_.terms[part.term].left, tile) + part.from * kStep;
       const uint32_t* right = packed_ + part.at * count_;
-      const int64_t parts = chunks(block_.job.words, part.steps);
+      const int64_t parts = chunks(unit, block_.job.words, part.steps);
       for (int64_t c = 0; c < parts; ++c) {
         const int64_t s = part.steps * c / parts, n = part.steps * (c + 1) / parts - s;
-        const int64_t share = (n * kStep + count_ - 1) / count_;
         for (int64_t j = 0; j < count_; ++j) {
-          prefetch(left + (s + n) * kStep + j * share, share);  // the next chunk, from the third level
-          for (Ahead& ahead : ahead_) ahead.fetch();
           const uint32_t* panel = right + (j * part.steps + s) * kStep;
           if (rows > 16) {
             unit.multiply(left + s * kStep, panel, n, sums_[j], add);
@@ -348,12 +289,6 @@ class Region {
       }
     }
     if (!add) std::fill_n(sums_[0], count_ * kTileSums, 0.0f);
-  }
-
-  void fetch(int64_t tile) {
-    operand::with_element(product_.out.type, [&](auto element) {
-      fetch_rows<decltype(element)>(block_, product_.out, tile, first_ * kTile, width());
-    });
   }
 
   void finish(int64_t tile) {
@@ -392,7 +327,6 @@ class Region {
   const Product& product_;
   const std::vector<std::vector<Part>> passes_;
   std::vector<PackedAdapter> held_;
-  std::vector<Ahead> ahead_;
   int64_t panel_ = 0;  // words of a pass, for one column tile
   int64_t group_, rank_steps_, first_ = 0, count_ = 0;
   size_t pass_ = 0;

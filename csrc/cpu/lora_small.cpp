@@ -1,6 +1,6 @@
 // The product of few rows, as in decoding: bound by reading W, so nothing of W is packed. Every output is one chain of
-// sums over x's and W's rows as they lie, four rows of x and six of W at a time; the lanes are summed at the end, and
-// the product of the row's own adapter, formed likewise, is added. The bits of a row depend on nothing beside it.
+// sums over x's and W's rows as they lie, four rows of x and six of W at a time, and over the row's own adapter (with
+// fp32 words formed apart); the lanes are summed at the end. The bits of a row depend on nothing beside it.
 #include "lora_job.h"
 
 #ifdef BF16_TILES
@@ -56,16 +56,11 @@ LANES void sum_lanes(const __m512 (&sum)[kM][kColumns], float* out) {
   }
 }
 
-// Adds the rows' adapters to out, their products formed apart.
+// Adds the rows' adapters to their sums.
 template <bool kPairs, int kM>
-LANES void tail(const Tail* tails, float* out) {
-  __m512 sum[kM][kColumns];
-  bool any = false;
+LANES void add_tails(const Tail* tails, __m512 (&sum)[kM][kColumns]) {
 #pragma GCC unroll 4
   for (int i = 0; i < kM; ++i) {
-#pragma GCC unroll 6
-    for (int j = 0; j < kColumns; ++j) sum[i][j] = _mm512_setzero_ps();
-    any = any || tails[i].steps > 0;
     for (int64_t s = 0; s < tails[i].steps; ++s) {
       const __m512i row = _mm512_loadu_si512(tails[i].s + s * kStepWords);
 #pragma GCC unroll 6
@@ -75,7 +70,6 @@ LANES void tail(const Tail* tails, float* out) {
       }
     }
   }
-  if (any) sum_lanes<kM, true>(sum, out);
 }
 
 // out[column][row] = the products of kM rows of x and six of w.
@@ -109,8 +103,22 @@ void dots(const typename X::type* const* x, const typename W::type* const* w, in
     step(k, kPer);
   }
   if (k < depth) step(k, depth - k);
-  sum_lanes<kM, false>(sum, out);
-  tail<kPairs, kM>(tails, out);
+  if constexpr (kPairs) {
+    add_tails<kPairs, kM>(tails, sum);
+    sum_lanes<kM, false>(sum, out);
+  } else {  // the adapters' products formed apart: as many digits as two products have
+    sum_lanes<kM, false>(sum, out);
+    bool any = false;
+    for (int i = 0; i < kM; ++i) any = any || tails[i].steps > 0;
+    if (!any) return;
+#pragma GCC unroll 4
+    for (int i = 0; i < kM; ++i) {
+#pragma GCC unroll 6
+      for (int j = 0; j < kColumns; ++j) sum[i][j] = _mm512_setzero_ps();
+    }
+    add_tails<kPairs, kM>(tails, sum);
+    sum_lanes<kM, true>(sum, out);
+  }
 }
 
 // A matrix whose rows lie along the depth, and the rows of x that meet it.
