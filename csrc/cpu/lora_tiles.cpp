@@ -8,6 +8,7 @@
 #include <numeric>
 #include <optional>
 #include <stdexcept>
+#include <string>
 
 #include "half.h"
 #include "lora_job.h"
@@ -28,6 +29,11 @@ using lora::Term;
 using lora::Type;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// Modules call without the checks of lora_linear's arguments, and a wrong size or type here would be a wrong address.
+void expect(bool right, const char* what) {
+  if (!right) throw std::runtime_error(std::string("lora_tiles: ") + what);
+}
 
 Type type_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -63,6 +69,38 @@ Matrix columns_of(const Tensor& t, const int32_t* order = nullptr) {
   return m;
 }
 
+bool is_matrix(const Tensor& t, int64_t rows, int64_t columns) {
+  return t.dim() == 2 && t.size(0) == rows && t.size(1) == columns;
+}
+
+// One stored row after the other, each without gaps, of the type that all of a call have but the adapters.
+bool is_output(const Tensor& t, int64_t rows, int64_t columns, ScalarType type) {
+  return is_matrix(t, rows, columns) && t.scalar_type() == type && (columns <= 1 || t.stride(1) == 1);
+}
+
+// Sizes of what forward and backward share. features: of x.
+void check_weights(const std::vector<Tensor>& w, const std::vector<Tensor>& a, const std::vector<Tensor>& b,
+                   const std::vector<double>& scaling, int64_t features, ScalarType type) {
+  const size_t n = scaling.size();
+  expect(!w.empty() && a.size() == w.size() * n && b.size() == a.size(),
+         "there must be one A and B for each projection and adapter");
+  for (size_t p = 0; p < w.size(); ++p) {
+    expect(w[p].dim() == 2 && w[p].size(1) == features, "a weight has not the features of x");
+    expect(w[p].scalar_type() == type, "a weight has not the dtype of x");
+    for (size_t i = p * n; i < (p + 1) * n; ++i) {
+      expect(a[i].dim() == 2 && a[i].size(1) == features, "an A has not the features of x");
+      expect(is_matrix(b[i], w[p].size(0), a[i].size(0)), "a B is not [weight's rows, A's rows]");
+    }
+  }
+}
+
+void check_index(const std::optional<Tensor>& index, int64_t rows) {
+  if (!index.has_value()) return;
+  expect(index->scalar_type() == ScalarType::Int || index->scalar_type() == ScalarType::Long,
+         "index is neither int32 nor int64");
+  expect(index->dim() == 1 && index->size(0) >= rows, "index has fewer entries than there are rows");
+}
+
 struct Unit {
   const bf16::TileUnit* unit;
   Type words;
@@ -93,6 +131,7 @@ Rows by_adapter(const std::optional<Tensor>& index, const std::vector<int64_t>& 
   std::vector<int64_t> first(n + 3, 0);
   each_row(index, runs, count, [&](int64_t, int64_t e) { ++first[slot(e) + 1]; });
   std::partial_sum(first.begin(), first.end(), first.begin());
+  expect(first.back() == count, "runs do not name every row once");
   Rows rows;
   rows.count = count;
   for (int64_t i = 0; i < n + 2; ++i) {
@@ -154,9 +193,17 @@ void keep_s(const Job& job, const Widths& w, const Tensor& s) {
 void lora_tiles(Tensor x, std::vector<Tensor> w, std::vector<Tensor> bias, std::vector<Tensor> a, std::vector<Tensor> b,
                 std::optional<Tensor> index, std::vector<int64_t> runs, std::vector<double> scaling,
                 std::vector<Tensor> y, std::optional<Tensor> s) {
-  const size_t n = w.empty() ? 0 : a.size() / w.size();
+  expect(x.dim() == 2, "x is no matrix");
+  check_weights(w, a, b, scaling, x.size(1), x.scalar_type());
+  check_index(index, x.size(0));
+  expect(y.size() == w.size() && (bias.empty() || bias.size() == w.size()),
+         "there must be one y and bias for each weight");
+  const size_t n = scaling.size();
   const Rows rows = by_adapter(index, runs, x.size(0), int64_t(n));
   const Widths widths = widths_of(a, w.size());
+  expect(
+      !s.has_value() || (s->size(0) <= x.size(0) && is_output(*s, s->size(0), widths.compact.back(), x.scalar_type())),
+      "s is not [saved rows, ranks] of x's dtype");
   const Unit unit = unit_for(type_of(x));
   Job job{unit.unit, unit.words, type_of(x), {rows_of(x, rows.renumbered())}, {}, &rows, widths.padded.back(), nullptr};
   for (size_t p = 0; p < w.size(); ++p) {
@@ -164,7 +211,11 @@ void lora_tiles(Tensor x, std::vector<Tensor> w, std::vector<Tensor> bias, std::
     for (size_t e = 0; e < n; ++e) {
       term.adapters.push_back(adapter_of(rows_of(a[p * n + e]), rows_of(b[p * n + e]), scaling[e]));
     }
+    expect(is_output(y[p], x.size(0), w[p].size(0), x.scalar_type()), "a y is not [rows, weight's rows] of x's dtype");
     const void* added = p < bias.size() && bias[p].numel() > 0 ? bias[p].data_ptr() : nullptr;
+    expect(added == nullptr || (bias[p].dim() == 1 && bias[p].size(0) == w[p].size(0)),
+           "a bias has not the weight's rows");
+    expect(added == nullptr || bias[p].scalar_type() == x.scalar_type(), "a bias has not the dtype of x");
     job.products.push_back({{term}, {y[p].data_ptr(), type_of(y[p]), y[p].size(1), y[p].stride(0), added}});
   }
   Buffer<char> scratch(rows.count * job.s_width * size_of(job.words) + 1);
@@ -177,12 +228,45 @@ void zero(const Tensor& t) {  // a fresh tensor, without gaps
   if (t.numel() > 0) std::memset(t.data_ptr(), 0, size_t(t.numel() * size_of(type_of(t))));
 }
 
+void check_gradients(const std::vector<Tensor>& grad, const std::vector<Tensor>& w, const std::vector<Tensor>& a,
+                     const std::vector<Tensor>& b, const Tensor& x, const Tensor& s, const Widths& widths,
+                     int64_t grad_rows, const Tensor& dx, const std::vector<Tensor>& da,
+                     const std::vector<Tensor>& db) {
+  const ScalarType type = w[0].scalar_type();
+  const int64_t features = w[0].size(1);
+  expect(da.size() == a.size() && db.size() == b.size(), "there must be one dA and dB for each A and B");
+  expect(grad_rows >= 0, "grad_rows is negative");
+  for (size_t p = 0; p < w.size(); ++p) {
+    if (grad[p].numel() == 0) continue;
+    expect(grad[p].dim() == 2 && grad[p].size(0) >= grad_rows && grad[p].size(1) == w[p].size(0) &&
+               grad[p].scalar_type() == type,
+           "a gradient is not [rows, weight's rows] of the weight's dtype");
+  }
+  expect(dx.numel() == 0 || (dx.size(0) >= grad_rows && is_output(dx, dx.size(0), features, type)),
+         "dx is not [rows, features] of the weight's dtype");
+  for (size_t i = 0; i < a.size(); ++i) {
+    expect(da[i].numel() == 0 || is_output(da[i], a[i].size(0), features, da[i].scalar_type()),
+           "a dA is not like its A");
+    expect(db[i].numel() == 0 || is_output(db[i], b[i].size(0), b[i].size(1), db[i].scalar_type()),
+           "a dB is not like its B");
+    expect(da[i].numel() == 0 || (x.dim() == 2 && x.size(0) >= grad_rows && x.size(1) == features),
+           "x is not [grad_rows, features]");
+    expect(db[i].numel() == 0 || (s.size(0) >= grad_rows && is_output(s, s.size(0), widths.compact.back(), type)),
+           "s is not [grad_rows, ranks] of the weight's dtype");
+  }
+}
+
 void lora_tiles_backward(std::vector<Tensor> grad, std::vector<Tensor> w, std::vector<Tensor> a, std::vector<Tensor> b,
                          std::optional<Tensor> index, std::vector<int64_t> runs, std::vector<double> scaling, Tensor x,
                          Tensor s, int64_t grad_rows, Tensor dx, std::vector<Tensor> da, std::vector<Tensor> db) {
-  const size_t n = w.empty() ? 0 : a.size() / w.size();
+  expect(!w.empty() && w[0].dim() == 2 && grad.size() == w.size(), "there must be one gradient for each weight");
+  const int64_t features = w[0].size(1);
+  check_weights(w, a, b, scaling, features, w[0].scalar_type());
+  check_index(index, grad_rows);
+  const size_t n = scaling.size();
   const Rows rows = by_adapter(index, runs, grad_rows, int64_t(n));
   const Widths widths = widths_of(a, w.size());
+  check_gradients(grad, w, a, b, x, s, widths, grad_rows, dx, da, db);
   const Type type = type_of(w[0]);
   const Unit unit = unit_for(type);
   bool asked = dx.numel() > 0;

@@ -33,7 +33,8 @@ def accelerate(model: Model, *, fuse: bool = True) -> Model:
     """
     layers = _layers()
     found = {path: module for path, module in model.named_modules() if isinstance(module, layers.LoraLayer)}
-    left = {path: why for path, module in found.items() if (why := layers.reason(module)) is not None}
+    new = {path: module for path, module in found.items() if not isinstance(module, layers.Linear)}
+    left = {path: why for path, module in new.items() if (why := layers.reason(module)) is not None}
     if len(left) == len(found):
         why = next((f"{path}: {why}" for path, why in left.items()), "it has none; wrap it with get_peft_model first")
         raise ValueError(f"model: no LoRA layer of this {type(model).__name__} can be accelerated ({why})")

@@ -73,7 +73,8 @@ class Route:
             return Spread(None, [v if i % 3 == 2 else v * repeats for i, v in enumerate(runs)], grad_rows)
         assert routing.index is not None
         if repeats == 1 and routing.index.device == device:
-            return Spread(routing.index, None, grad_rows, routing.order)
+            index = routing.index.clone() if device.type == "cpu" else routing.index  # kept for recomputations
+            return Spread(index, None, grad_rows, routing.order)
         index = routing.index.to(device).repeat_interleave(repeats, output_size=rows)
         return Spread(index, None, grad_rows, build_routing(index, routing.adapters).order)
 

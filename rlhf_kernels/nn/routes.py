@@ -28,6 +28,7 @@ class Running:
     names: list[str]  # the adapters as `runs` and the routing's index count them
     scaling: list[float]  # of each of `names`
     runs: list[int] | None  # over `names`, which are those that rows use; None: the index says it, over all adapters
+    index: Tensor | None  # as of the forward's start on the CPU: a checkpointed layer is recomputed under it
     pending: Pending | None = None  # what one projection has computed ahead for its siblings
 
     def read(self, layer: "LoRALinear", beside: list[Any] | None = None) -> list[Any] | None:
@@ -112,4 +113,7 @@ class AdapterRoutes:
             place = {e: i for i, e in enumerate(used)} | {-1: -1}
             runs = [place[v] if i % 3 == 2 else v for i, v in enumerate(runs)]
             names = [names[e] for e in used]
-        return Running(routing, names, [self.specs[name].scaling for name in names], runs)
+        index = routing.index if runs is None else None
+        if index is not None and index.device.type == "cpu":
+            index = index.clone()
+        return Running(routing, names, [self.specs[name].scaling for name in names], runs, index)

@@ -4,7 +4,8 @@ Siblings are LoRALinears of one module whose names say that they read the same i
 the later ones too, in one op that reads x once and adds up one dX, and leaves their outputs in the running forward;
 each then takes its own. Names only suggest: an output is taken only for the very tensor and parameters it was computed
 from, unchanged, so that a sibling called with another tensor, twice or never is right, merely not faster. While
-torch.compile traces, which cannot ask what has changed, each is computed by itself.
+torch.compile traces, which cannot ask what has changed, each is computed by itself. Siblings are one node of autograd's
+graph: who differentiates two of them in turn must retain it.
 """
 
 from collections.abc import Sequence
@@ -133,7 +134,7 @@ def project(
                 lora_a.append(flat.new_empty(0, layer.in_features) if a is None else a)
                 lora_b.append(flat.new_empty(layer.out_features, 0) if b is None else b)
         ys = apply(
-            flat, weights, biases, lora_a, lora_b, routing.index if running.runs is None else None, running.runs,
+            flat, weights, biases, lora_a, lora_b, running.index, running.runs,
             running.scaling, grad_rows=routing.grad_rows, order=routing.order,
         )  # fmt: skip
     return ys if flat is x else [y.view(*shape[:-1], y.shape[-1]) for y in ys]

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from architectures import build
-from peft_models import IDS, TARGETS, both, run, same, theirs, two
+from peft_models import IDS, TARGETS, both, distance, run, same, theirs, two
 
 from rlhf_kernels.integrations.peft import accelerate, accelerated, route
 
@@ -61,11 +61,11 @@ def test_disabled_adapters_are_the_base(name):
     own, mine = both(name)
     base = build(name)(input_ids=IDS).logits
     with mine.disable_adapter():
-        torch.testing.assert_close(mine(input_ids=IDS).logits, base, rtol=1e-6, atol=1e-6)
+        assert distance(mine(input_ids=IDS).logits, base) < 3e-6
     same(run(mine), run(own))  # and they are back
     for model in (own, mine):
         model.base_model.disable_adapter_layers()
-    torch.testing.assert_close(mine(input_ids=IDS).logits, base, rtol=1e-6, atol=1e-6)
+    assert distance(mine(input_ids=IDS).logits, base) < 3e-6
     for model in (own, mine):
         model.base_model.enable_adapter_layers()
     same(run(mine), run(own))

@@ -25,6 +25,15 @@ def test_adapters_added_deleted_and_activated_later_are_served():
     same(run(mine), run(own))
 
 
+def test_accelerating_again_is_harmless_whatever_adapters_are_left():
+    pair = both("llama", {"plain": {}, "biased": {"lora_bias": True}})
+    for model in pair:
+        model.set_adapter("biased")
+        model.delete_adapter("plain")
+    accelerate(pair[1])
+    same(run(pair[1]), run(pair[0]))
+
+
 def test_a_layer_added_later_waits_for_the_next_call():
     own, mine = both(target_modules=["q_proj"])
     for model in (own, mine):

@@ -189,6 +189,23 @@ def test_a_checkpointed_forward_is_recomputed_under_its_own_route(name, way, ree
     same((unrouted.detach(), grads(mine)), run(plain))
 
 
+def test_a_checkpointed_forward_does_not_see_its_index_overwritten():
+    mine = accelerate(two())
+    scattered = torch.arange(IDS.numel()) % 3 - 1
+
+    def gradients():
+        index = scattered.clone()
+        with route(mine, index, ("actor", "critic")):
+            logits = mine(input_ids=IDS).logits
+        index.copy_(scattered.flip(0))
+        (logits * WEIGHT).sum().backward()
+        return logits.detach(), grads(mine)
+
+    plain = gradients()
+    mine.gradient_checkpointing_enable({"use_reentrant": False})
+    same(gradients(), plain)
+
+
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 def test_checkpointing_that_loses_the_route_is_an_error(reentrant):
     mine = accelerate(two())

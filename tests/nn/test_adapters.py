@@ -7,7 +7,7 @@ from torch import nn
 
 from rlhf_kernels.nn import LoRALinear, LoraSpec, attach_adapters
 from rlhf_kernels.nn.lora import checkpoint_layers, lora_layers
-from rlhf_kernels.ops.lora import Routing
+from rlhf_kernels.ops.lora import Routing, build_routing
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -116,6 +116,25 @@ def test_a_checkpointed_layer_keeps_the_routing_of_its_own_forward(use_reentrant
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
     assert got[2] is None
+
+
+def test_a_checkpointed_layer_does_not_see_its_index_overwritten():
+    model = build("llama").requires_grad_(False)
+    routes = attach_adapters(model, {"a": LoraSpec(r=2), "b": LoraSpec(r=2)})
+    layer = lora_layers(model)["model.layers.0.self_attn.q_proj"]
+    for p in layer.lora_B.values():
+        nn.init.normal_(p)
+    x = torch.randn(24, 48, requires_grad=True)
+    scattered = torch.arange(24) % 3 - 1
+
+    def gradient(checkpointed):
+        index = scattered.clone()
+        with routes.use(build_routing(index, 2)):
+            y = routes.checkpoint(layer, x) if checkpointed else layer(x)
+        index.copy_(scattered.flip(0))
+        return torch.autograd.grad(y.square().sum(), [x, *layer.lora_A.values()])
+
+    assert all(map(torch.equal, gradient(True), gradient(False)))
 
 
 def test_checkpointing_that_loses_the_routing_is_an_error_and_not_zeros():

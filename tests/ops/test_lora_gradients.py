@@ -155,13 +155,16 @@ def test_under_an_index_an_unused_adapter_gets_zeros_whatever_the_index_holds():
         assert [bool(t.grad.any()) for t in a_list] == [True, True, True, False, False]
 
 
-def test_adapters_of_another_dtype_are_cast_and_get_gradients_in_their_own():
+@pytest.mark.parametrize(
+    "kinds", [(torch.float32,) * 2, (torch.float32, torch.float64), (torch.float64, torch.float16)]
+)
+def test_adapters_of_another_dtype_are_cast_and_get_gradients_in_their_own(kinds):
     x, weight, a, b, _ = tensors(n=1, dtype=torch.bfloat16)
-    a, b = a.float().requires_grad_(), b.float().requires_grad_()
+    a, b = a.to(kinds[0]).requires_grad_(), b.to(kinds[1]).requires_grad_()
     y = lora_linear(x, weight, a, b)
     y.sum().backward()
     assert y.dtype == torch.bfloat16
-    assert a.grad.dtype == b.grad.dtype == torch.float32
+    assert (a.grad.dtype, b.grad.dtype) == kinds
 
 
 @pytest.mark.host
@@ -205,6 +208,46 @@ def test_torch_func_grad_gives_the_same_gradient():
     loss({"a": a, "b": b}).backward()
     torch.testing.assert_close(got["a"], a.grad)
     torch.testing.assert_close(got["b"], b.grad)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("rows", [9, 40])
+def test_a_backward_under_autocast_is_in_its_forwards_dtype(rows):
+    x, weight, a, b, _ = tensors(rows=rows)
+    leaves = [t.requires_grad_() for t in (x, weight, a, b)]
+    y = lora_linear(*leaves, torch.arange(rows) % 4 - 1)
+    want = torch.autograd.grad(y, leaves, torch.ones_like(y), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.host
+def test_forward_mode_derivatives_are_the_definitions():
+    """Kernels have none, and where nothing requires a gradient a tangent would be lost in silence."""
+    x, weight, a, b, _ = tensors(rows=40)
+    index = torch.arange(40) % 4 - 1
+    direction = torch.randn_like(b)
+    _, got = torch.func.jvp(lambda b: lora_linear(x, weight, a, b, index), (b,), (direction,))
+    want = lora_linear(x, torch.zeros_like(weight), a, direction, index)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.host
+def test_saved_tensors_may_come_back_in_another_layout():
+    x, weight, a, b, _ = tensors(rows=40)
+    leaves = [t.requires_grad_() for t in (x, weight, a, b)]
+    index = torch.arange(40) % 4 - 1
+
+    def gradients():
+        return torch.autograd.grad(lora_linear(*leaves, index).square().sum(), leaves)
+
+    want = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.mT.contiguous() if t.ndim > 1 else t, lambda t: t.mT if t.ndim > 1 else t
+    ):
+        got = gradients()
+    torch.testing.assert_close(got, want)
 
 
 def test_checkpointing_gives_the_same_gradients():

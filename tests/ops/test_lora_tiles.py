@@ -235,3 +235,45 @@ def test_projections_are_each_the_bits_of_their_own_call():
     ys = lora_linears(x, [weight, other], [a, a], [b, [t[:50] for t in b]], index)
     assert torch.equal(ys[0], lora_linear(x, weight, a, b, index))
     assert torch.equal(ys[1], lora_linear(x, other, a, [t[:50] for t in b], index))
+
+
+@pytest.mark.parametrize("rows", [4, 100])
+def test_sizes_and_dtypes_that_do_not_fit_are_errors_and_nothing_is_read(rows):
+    """Modules call without the argument checks of lora_linear."""
+    x, weight, a, b, index = inputs(rows)
+    wrong = {
+        "a weight has not the dtype of x": (x, [weight.float()], a, b, index),
+        "a weight has not the features of x": (x[:, :50], [weight], a, b, index),
+        "an A has not the features of x": (x, [weight], [*a[:2], a[2][:, :50]], b, index),
+        "a B is not": (x, [weight], a, [*b[:2], b[2][:50]], index),
+        "index has fewer entries": (x, [weight], a, b, index[1:]),
+        "runs do not name every row once": (x, [weight], a, b, None, [0, rows - 1, 0]),
+        "a bias has not the weight's rows": (x, [weight], a, b, index, None, [weight[:50, 0]]),
+        "a bias has not the dtype of x": (x, [weight], a, b, index, None, [weight[:, 0].float()]),
+    }
+    for message, arguments in wrong.items():
+        with pytest.raises(RuntimeError, match=message):
+            forward(*arguments)
+    (y,), s = forward(x, [weight], a, b, index, saved_rows=rows)
+    needs = [True] + [False] * 2 + [True] * 6
+    bad = {
+        "a gradient is not": ([y[:, :50]], [weight], x, s),
+        "a weight has not the dtype": ([y], [weight, weight.float()], x, s),
+        "x is not": ([y], [weight], x[1:], s),
+        "s is not": ([y], [weight], x, s[:, 1:]),
+    }
+    for message, (grads, weights, some_x, some_s) in bad.items():
+        count = len(weights)
+        arguments = (
+            index,
+            None,
+            [1.0] * 3,
+            None,
+            None,
+            some_x,
+            some_s,
+            rows,
+            needs[:1] + [False] * 2 * count + needs[3:] * count,
+        )
+        with pytest.raises(RuntimeError, match=message):
+            tiles.backward(grads * count, weights, a * count, b * count, *arguments)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rlhf_kernels.ops import registry
 from rlhf_kernels.ops.lora import compiled, gradients, naive, tier
@@ -46,7 +47,7 @@ def apply(
     if runs is None and index is not None and not tracing:
         runs = checked_runs(index, len(scaling))
     serving = tier.chosen(x, weights, lora_a)
-    if serving is None and not x.is_meta:
+    if (serving is None or forward_ad._current_level >= 0) and not x.is_meta:  # kernels would drop tangents unasked
         return _naive(x, weights, biases, lora_a, lora_b, index, runs, scaling, scaling_tensor, grad_rows)
     learns = torch.is_grad_enabled() and _any_requires_grad(x, weights, biases, lora_a, lora_b)
     if scaling_tensor is not None and not tracing:

@@ -145,9 +145,10 @@ def backward(
     scaling, scaling_tensor = on_host(scaling, scaling_tensor)
     serving = tier.chosen(x, weights, lora_a, backward=True)
     assert serving is not None
-    return serving.backward(
-        grads, weights, lora_a, lora_b, index, runs, scaling, scaling_tensor, order, x, s, grad_rows, needs
-    )
+    with registry.no_autocast(s):
+        return serving.backward(
+            grads, weights, lora_a, lora_b, index, runs, scaling, scaling_tensor, order, x, s, grad_rows, needs
+        )
 
 
 def no_second(*_: Any) -> Any:

@@ -81,7 +81,10 @@ def backward(
     first = next(grad for grad in grads if grad.ndim == 2)
     empty = first.new_empty(0)
     adapters = (*lora_a, *lora_b)
-    slots = [t.new_empty(t.shape) if need else empty for t, need in zip(adapters, needs[1 + 2 * count :])]
+    slots = [
+        t.new_empty(t.shape, dtype=t.dtype if t.dtype in ADAPTER_DTYPES else torch.float32) if need else empty
+        for t, need in zip(adapters, needs[1 + 2 * count :])
+    ]
     da, db = slots[: len(lora_a)], slots[len(lora_a) :]
     dx = first.new_empty(first.shape[0], weights[0].shape[1]) if needs[0] else empty
     if any(needs[1 : 1 + count]) or any(t.numel() for t in da):
@@ -89,14 +92,15 @@ def backward(
     if needs[0] or any(t.numel() for t in slots):
         torch.ops.rlhf_kernels.lora_tiles_backward(
             [_rows(grad) if grad.ndim == 2 else grad for grad in grads], _lines(weights) if needs[0] else weights,
-            _lines(lora_a), _lines(lora_b), _index(index, runs), runs or [], scaling, x, s, grad_rows, dx, da, db,
+            _lines(lora_a), _lines(lora_b), _index(index, runs), runs or [], scaling, x, _rows(s), grad_rows, dx,
+            da, db,
         )  # fmt: skip
     live = [grad[:grad_rows] if grad.ndim == 2 else None for grad in grads]
     dweights = [
         mm(dy.t(), x[:grad_rows]) if dy is not None and need else empty for dy, need in zip(live, needs[1 : 1 + count])
     ]
     dbiases = [dy.sum(0) if dy is not None and need else empty for dy, need in zip(live, needs[1 + count :])]
-    return [dx, *dweights, *dbiases, *slots]
+    return [dx, *dweights, *dbiases, *(slot.to(t.dtype) for slot, t in zip(slots, adapters))]
 
 
 def _rows(t: Tensor) -> Tensor:
