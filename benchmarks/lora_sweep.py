@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.case import OURS, Prepare, Run, Unavailable
 from benchmarks.lora_layer import Inputs, Work, runs
 from benchmarks.lora_peers import ours
-from rlhf_kernels.ops.lora import tier
+from rlhf_kernels.ops.lora import small, tier, triton_tier
 
 
 def names(device: str) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def names(device: str) -> dict[str, Any]:
     return {
         f"{OURS}: {module.__name__.rpartition('.')[2]}": module  # type: ignore[attr-defined]  # tiers are modules
         for backend, module in tier.TIERS
-        if backend != "triton" or device == "cuda"
+        if device == "cuda" or (backend, module) not in (("triton", triton_tier), ("native", small))
     }
 
 

@@ -68,7 +68,7 @@ def test_adapters_and_heads_load_back_bit_equal(name, known, tmp_path):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_trained_base_loads_back_bit_equal_here_and_in_transformers(name, tmp_path):
+def test_a_trained_base_loads_back_here_and_in_transformers(name, tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = hydra(name, train_base=True)
@@ -77,7 +77,10 @@ def test_a_trained_base_loads_back_bit_equal_here_and_in_transformers(name, tmp_
             parameter.add_(0.01)
     model.save_pretrained(tmp_path)
     again = HydraModel.from_pretrained(tmp_path, dtype=None)
-    assert torch.equal(logits(again, "reference"), logits(model, "reference"))
+    for path, parameter in again.bases["base"].named_parameters():
+        assert torch.equal(parameter, model.bases["base"].get_parameter(path)), path
+    # to rounding: without adapters the base's linears are torch's own
+    torch.testing.assert_close(logits(again, "reference"), logits(model, "reference"), rtol=1e-5, atol=1e-5)
     assert torch.equal(again.heads["reward"].weight, model.heads["reward"].weight)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32, attn_implementation="eager")
     torch.testing.assert_close(theirs(IDS[None]).logits[0], logits(model, "reference"), rtol=1e-5, atol=1e-5)

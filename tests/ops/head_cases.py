@@ -205,8 +205,8 @@ def as_exact_as_plain(**options: Any) -> None:
         assert error.norm() <= max(bound * truth.norm(), 2 * allowed.norm()), name  # fp32 cannot keep a small KL
     for name, parts in gradients.items():
         error, allowed, truth = torch.stack(parts).norm(dim=0)
-        # 2e-6: the op keeps the ratio of the two normalisers in fp32 for its gradients
-        assert error <= max(3 * allowed, 2e-6 * truth), (name, error / truth, allowed / truth)
+        # 4e-6: the op keeps the ratio of the two normalisers in fp32 for its gradients
+        assert error <= max(3 * allowed, 4e-6 * truth), (name, error / truth, allowed / truth)
         assert error <= max(bound * truth, 3 * allowed) + 1e-12, (name, error / truth)
 
 
