@@ -1,6 +1,8 @@
 // What the CPU kernels of lora_linear work on: rows in an order that puts every adapter's together, products of tiles,
 // and the thin products of the adapters.
 #pragma once
+#include <torch/csrc/stable/ops.h>
+
 #include <cstdint>
 #include <vector>
 
@@ -82,6 +84,12 @@ void multiply(const Job& job);
 // The same for few rows and one term a product; false where it is not made for the layout, and nothing is done.
 bool multiply_few(const Job& job);
 
+// The same for up to 64 rows, enough to fill vectors: bf16 only.
+bool multiply_lanes(const Job& job);
+
+// S for either of them.
+bool shrink_few(const Job& job);
+
 // out [rank, columns] = left^T right over positions [lo, hi), both [positions, ...]; transposed: out is [columns,
 // rank].
 struct Outer {
@@ -110,6 +118,23 @@ inline char* s_row(const Job& job, int64_t position, int64_t column) {
 LANES __m512 round_s(const Job& job, __m512 s) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return job.rounded == Type::half ? _mm512_cvtph_ps(_mm512_cvtps_ph(s, kNearest)) : s;
+}
+
+constexpr int64_t kOneThread = 1 << 19;  // products that are not worth a second thread
+
+inline int64_t tasks_for(int64_t products, int64_t items) {
+  const int64_t worth = std::max<int64_t>(1, products / kOneThread);
+  return std::min({worth, int64_t(torch::stable::get_num_threads()), items});
+}
+
+// f(i) for i in [0, items), cut evenly.
+template <typename F>
+inline void in_parts(int64_t items, int64_t products, const F& f) {
+  const int64_t tasks = tasks_for(products, items);
+  if (tasks <= 1) return f(0, items);
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t lo, int64_t hi) {
+    for (int64_t t = lo; t < hi; ++t) f(items * t / tasks, items * (t + 1) / tasks);
+  });
 }
 
 }  // namespace

@@ -5,8 +5,6 @@
 
 #ifdef BF16_TILES
 
-#include <torch/csrc/stable/ops.h>
-
 #include <limits>
 
 #pragma GCC push_options
@@ -20,7 +18,6 @@ using operand::kStepWords;
 
 constexpr int64_t kRows = 4, kColumns = 6;  // of sums in registers
 constexpr int64_t kWide = 10 * kColumns;    // columns whose fp32 sums are held at a time
-constexpr int64_t kOneThread = 1 << 19;     // products that are not worth a second thread
 
 // What a row's chains go on with: the words of its S, and of its adapter's B for the six columns, [6][steps][16].
 struct Tail {
@@ -173,21 +170,6 @@ void to_words(const Job& job, const Matrix& m, int64_t first, int64_t rows, uint
   });
 }
 
-int64_t tasks_for(int64_t products, int64_t items) {
-  const int64_t worth = std::max<int64_t>(1, products / kOneThread);
-  return std::min({worth, int64_t(torch::stable::get_num_threads()), items});
-}
-
-// f(i) for i in [0, items), cut evenly.
-template <typename F>
-void in_parts(int64_t items, int64_t products, const F& f) {
-  const int64_t tasks = tasks_for(products, items);
-  if (tasks <= 1) return f(0, items);
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t lo, int64_t hi) {
-    for (int64_t t = lo; t < hi; ++t) f(items * t / tasks, items * (t + 1) / tasks);
-  });
-}
-
 // S of one adapter's rows and six of its ranks.
 struct Shrink {
   const Term* term;
@@ -333,11 +315,16 @@ bool along(const Job& job) {
 
 }  // namespace
 
-bool multiply_few(const Job& job) {
+bool shrink_few(const Job& job) {
   if (!along(job)) return false;
-  const int64_t size = job.words == Type::bf16 ? 2 : 4, rows = job.rows->count;
-  std::fill_n(static_cast<char*>(job.s), rows * job.s_width * size, 0);
+  std::fill_n(static_cast<char*>(job.s), job.rows->count * job.s_width * (job.words == Type::bf16 ? 2 : 4), 0);
   shrink_all(job);
+  return true;
+}
+
+bool multiply_few(const Job& job) {
+  if (!shrink_few(job)) return false;
+  const int64_t rows = job.rows->count;
   std::vector<int64_t> ends{0};  // of each product's strips of kWide columns
   int64_t products = 0;
   for (const Product& product : job.products) {

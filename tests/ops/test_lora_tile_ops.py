@@ -182,8 +182,11 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(case):
         assert all(torch.equal(one, two) for one, two in zip(found[0], other))
 
 
-# up to 48 rows have kernels of their own, which sum in another order
-@pytest.mark.parametrize(("count", "rows"), [(40, slice(5, 6)), (40, slice(31, 40)), (1100, slice(31, 97))], ids=str)
+# up to 24 rows, and up to 64, have kernels of their own, which sum in another order
+AMONG = [(24, slice(5, 6)), (24, slice(15, 24)), (60, slice(5, 30)), (64, slice(31, 64)), (1100, slice(31, 97))]
+
+
+@pytest.mark.parametrize(("count", "rows"), AMONG, ids=str)
 def test_a_row_has_the_same_bits_alone_and_among_others(count, rows):
     whole = Case(count, width=96, columns=(352, 64), ranks=((16, 8), (4, 32)))
     part = copy.copy(whole)

@@ -22,7 +22,7 @@ def units():
 here = pytest.mark.skipif(F32 not in tiles.DTYPES, reason="this machine has no tile units")
 pytestmark = [here, pytest.mark.usefixtures("kernels")]
 
-ROWS = (1, 3, 7, 24, 31, 32, 33, 56, 57, 100, 300)
+ROWS = (1, 3, 7, 20, 24, 25, 31, 32, 33, 40, 48, 49, 56, 57, 64, 65, 100, 300)
 
 
 def inputs(rows, k=70, width=90, ranks=(16, 5, 33), dtype=BF16, seed=0):
@@ -62,7 +62,7 @@ def test_values_and_gradients_at_any_number_of_rows(rows, dtype):
     as_exact_as_plain(6 + rows, dtype=dtype, rows=rows, strides="plain", projections=3, **options)
 
 
-@pytest.mark.parametrize("rows", [24, 60, 130])
+@pytest.mark.parametrize("rows", [24, 40, 60, 130])
 @pytest.mark.parametrize("dtype", [BF16, F32, F16], ids=str)
 def test_a_transposed_weight_and_adapters_of_another_dtype_are_read_as_they_lie(rows, dtype):
     options = {"strides": "transposed", "adapter_dtype": F32, "learns": "all", "adapters": 2, "projections": 2}
@@ -87,7 +87,7 @@ def test_without_units_the_library_serves():
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("rows", [20, 300])
+@pytest.mark.parametrize("rows", [20, 50, 300])
 @pytest.mark.parametrize("dtype", [BF16, F32, F16], ids=str)
 def test_bits_do_not_depend_on_the_number_of_threads(rows, dtype):
     x, weight, a, b, index = inputs(rows, 150, 170, dtype=dtype)
@@ -120,12 +120,15 @@ def test_a_row_has_the_same_bits_at_any_place_among_any_rows(dtype):
         assert torch.equal(again[0], y[0][rows])
         assert torch.equal(s_again, s[rows])
         assert torch.equal(input_gradient(x[rows], weight, a, b, index[rows], y[0][rows]), dx[rows])
+    some = forward(x[40:96], [weight], a, b, index[40:96])[0][0]
+    for part in (slice(0, 25), slice(7, 40), slice(11, 56)):
+        assert torch.equal(forward(x[40:96][part], [weight], a, b, index[40:96][part])[0][0], some[part])
     few = forward(x[40:60], [weight], a, b, index[40:60])[0][0]
     for i in range(20):
         assert torch.equal(forward(x[40 + i : 41 + i], [weight], a, b, index[40 + i : 41 + i])[0][0], few[i : i + 1])
 
 
-@pytest.mark.parametrize("rows", [20, 300])
+@pytest.mark.parametrize("rows", [20, 50, 300])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_a_poisoned_adapter_leaves_the_bits_of_all_others(rows, poison, dtype):
@@ -143,7 +146,7 @@ def test_a_poisoned_adapter_leaves_the_bits_of_all_others(rows, poison, dtype):
         assert torch.equal(found[6 + i], clean[6 + i])
 
 
-@pytest.mark.parametrize("rows", [20, 300])
+@pytest.mark.parametrize("rows", [20, 50, 300])
 @pytest.mark.parametrize("dtype", [BF16, F32, F16], ids=str)
 def test_bypassed_rows_are_the_bits_of_a_call_without_adapters(rows, dtype):
     x, weight, a, b, index = inputs(rows, dtype=dtype)
@@ -152,7 +155,7 @@ def test_bypassed_rows_are_the_bits_of_a_call_without_adapters(rows, dtype):
     assert torch.equal(y[0][index == -1], plain[0][index == -1])
 
 
-@pytest.mark.parametrize("rows", [20, 300])
+@pytest.mark.parametrize("rows", [20, 50, 300])
 def test_an_index_that_names_no_adapter_is_a_row_of_nan_and_nothing_else_changes(rows):
     x, weight, a, b, index = inputs(rows)
     clean = everything(x, weight, a, b, index)
@@ -167,7 +170,7 @@ def test_an_index_that_names_no_adapter_is_a_row_of_nan_and_nothing_else_changes
         assert torch.equal(found[3 + i], clean[3 + i])
 
 
-@pytest.mark.parametrize("rows", [20, 300])
+@pytest.mark.parametrize("rows", [20, 50, 300])
 def test_s_is_the_librarys(rows):
     x, weight, a, b, index = inputs(rows, dtype=F32)
     weights, a2, b2 = [weight, weight], [*a, *a[::-1]], [*b, *b[::-1]]

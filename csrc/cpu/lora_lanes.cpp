@@ -1,0 +1,249 @@
+// The product of some rows, too many for dots and too few to pack W for: the rows of x are lanes. x^T lies packed as
+// pairs of bf16, and every pair of a row of W, read where it is, meets all rows of x at once. A sum is one chain along
+// the depth, and the row's own adapter is formed apart and added to it: the bits of a row depend on nothing beside it.
+#include <cstring>
+#include <limits>
+
+#include "lora_job.h"
+
+#ifdef BF16_TILES
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+
+namespace lora {
+namespace {
+
+using operand::Element;
+using operand::kStepWords;
+using BF16 = Element<Type::bf16>;
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kWide = 144;   // columns whose sums are held at a time: whole groups, whole vectors
+constexpr int64_t kPart = 2048;  // words of depth in one pass over the columns: x^T stays in the second-level cache
+constexpr int kMostGroup = 9;
+template <int kV>
+constexpr int kGroup = kV == 4 ? 6 : kMostGroup;  // rows of W whose sums are in registers
+
+const char* line(const Matrix& m, int64_t i) {
+  return static_cast<const char*>(m.data) +
+         (m.order == nullptr ? i : int64_t(m.order[i])) * m.stride * (m.type == Type::single ? 4 : 2);
+}
+
+// Steps [from, to) of the depth of bf16 rows as [words][kV * 16].
+template <int kV>
+void pack(const Matrix& m, int64_t from, int64_t to, uint32_t* out) {
+  for (int64_t s = from; s < to; ++s) {
+    for (int64_t v = 0; v < kV; ++v) {
+      __m512i r[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const bool there = v * kLanes + i < m.rows;
+        const auto* p = reinterpret_cast<const uint16_t*>(line(m, there ? v * kLanes + i : 0)) + s * 2 * kStepWords;
+        r[i] = operand::along<true, BF16>(p, there ? m.depth - s * 2 * kStepWords : 0);
+      }
+      lanes::transpose(r);
+      uint32_t* to = out + (s * kStepWords * kV + v) * kLanes;
+#pragma GCC unroll 16
+      for (int64_t q = 0; q < kStepWords; ++q) _mm512_storeu_si512(to + q * kV * kLanes, r[q]);
+    }
+  }
+}
+
+// sums[row of w][kV * 16] += the products of `depth` elements; `next` is where the rows of the next call begin.
+template <int kV>
+void multiply_part(const char* w, const uint32_t* x, int64_t depth, const char* next, int64_t stride, bool first,
+                   float* sums) {
+  constexpr int kR = kGroup<kV>;
+  const char* rows[kR / 3];  // every third: the others are one and two strides away
+  __m512 sum[kR][kV];
+#pragma GCC unroll 9
+  for (int j = 0; j < kR; ++j) {
+    if (j % 3 == 0) rows[j / 3] = w + j * stride;
+    const float* from = sums + j * kV * kLanes;
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; ++v) sum[j][v] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(from + v * kLanes);
+  }
+  const auto step = [&](int64_t q, auto half) __attribute__((always_inline)) {
+    __m512i lanes[kV];
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; ++v) lanes[v] = _mm512_loadu_si512(x + (q * kV + v) * kLanes);
+#pragma GCC unroll 9
+    for (int j = 0; j < kR; ++j) {
+      int32_t pair = 0;
+      std::memcpy(&pair, rows[j / 3] + j % 3 * stride + 4 * q, half ? 2 : 4);
+      const __m512i column = _mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+      for (int v = 0; v < kV; ++v) sum[j][v] = _mm512_dpbf16_ps(sum[j][v], (__m512bh)lanes[v], (__m512bh)column);
+    }
+  };
+  const auto move = [&](int64_t words) __attribute__((always_inline)) {
+    x += words * kV * kLanes;
+    for (const char*& row : rows) {
+      row += 4 * words;
+      asm("" : "+r"(row));  // or else the compiler keeps a pointer for each row
+    }
+  };
+  for (; depth >= 2 * kStepWords; depth -= 2 * kStepWords, next += 4 * kStepWords) {
+    const char* ahead = next;
+#pragma GCC unroll 9
+    for (int j = 0; j < kR; ++j, ahead += stride) _mm_prefetch(ahead, _MM_HINT_T1);
+#pragma GCC unroll 1
+    for (int64_t q = 0; q < kStepWords; q += 4, move(4)) {
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < 4; ++i) step(i, std::false_type());
+    }
+  }
+  for (; depth >= 2; depth -= 2, move(1)) step(0, std::false_type());
+  if (depth > 0) step(0, std::true_type());
+#pragma GCC unroll 9
+  for (int j = 0; j < kR; ++j) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kV; ++v) _mm512_storeu_ps(sums + (j * kV + v) * kLanes, sum[j][v]);
+  }
+}
+
+LANES __mmask16 lanes_below(int64_t row, int v) { return operand::first16(row - v * kLanes); }
+
+// Some columns of all rows of one product.
+template <int kV>
+class Strip {
+ public:
+  Strip(const Job& job, const uint32_t* x) : job_(job), x_(x), sums_((kWide + kGroup<kV>)*kWidth) {}
+
+  void run(const Product& product, int64_t first, int64_t count) {
+    const Matrix& w = product.terms[0].right;
+    constexpr int kR = kGroup<kV>;
+    const auto row = [&](int64_t i) { return std::min(i, w.rows - kR); };  // the last rows may come twice
+    for (int64_t k = 0; k < w.depth; k += 2 * kPart) {
+      for (int64_t at = first; at < first + count; at += kR) {
+        const char* next = line(w, row(at + kR)) + 2 * k;
+        multiply_part<kV>(line(w, row(at)) + 2 * k, x_ + k / 2 * kWidth, std::min(2 * kPart, w.depth - k), next,
+                          2 * w.stride, k == 0, sums_.data + (at - first) * kWidth);
+      }
+    }
+    const int64_t last = (count - 1) / kR * kR, again = first + last - row(first + last);
+    float* group = sums_.data + last * kWidth;
+    if (again > 0) std::copy(group + again * kWidth, group + kR * kWidth, group);
+    add_adapters(product.terms[0], first, count);
+    operand::with_element(product.out.type, [&](auto element) { store<decltype(element)>(product.out, first, count); });
+  }
+
+ private:
+  static constexpr int64_t kWidth = kV * kLanes;
+
+  void add_adapters(const Term& term, int64_t first, int64_t count) {
+    int64_t rank = 0;
+    for (const Span& span : job_.rows->spans) {
+      if (span.adapter >= 0) rank = std::max(rank, term.adapters[span.adapter].rank);
+    }
+    if (rank == 0) return;
+    const Matrix s{s_row(job_, 0, term.s_column), Type::bf16, job_.rows->count, rank, job_.s_width, true};
+    const int64_t most = operand::steps(Type::bf16, rank);
+    s_.resize(size_t(most * kStepWords * kWidth));
+    pack<kV>(s, 0, most, s_.data());
+    for (const Span& span : job_.rows->spans) {
+      if (span.adapter < 0 || term.adapters[span.adapter].rank == 0) continue;
+      const Matrix& b = term.adapters[span.adapter].expand;
+      operand::with_element(b.type, [&](auto e) { add_adapter<decltype(e)>(b, span, first, count); });
+    }
+  }
+
+  // Every row's S meets this B, and only the adapter's own rows take the sum.
+  template <typename E>
+  void add_adapter(const Matrix& b, const Span& span, int64_t first, int64_t count) {
+    __mmask16 own[kV];
+    for (int v = 0; v < kV; ++v) own[v] = lanes_below(span.hi, v) & ~lanes_below(span.lo, v);
+    for (int64_t j = 0; j < count; ++j) {
+      const auto* p = reinterpret_cast<const typename E::type*>(line(b, first + j));
+      __m512 sum[kV] = {};
+      for (int64_t k = 0; k < b.depth; k += 2 * kStepWords) {
+        alignas(64) int32_t words[kStepWords];
+        _mm512_store_si512(words, operand::along<true, E>(p + k, b.depth - k));
+        for (int64_t q = 0; q < std::min(kStepWords, (b.depth - k + 1) / 2); ++q) {
+          const __m512i column = _mm512_set1_epi32(words[q]);
+#pragma GCC unroll 4
+          for (int v = 0; v < kV; ++v) {
+            const __m512i rows = _mm512_loadu_si512(s_.data() + (k / 2 + q) * kWidth + v * kLanes);
+            sum[v] = _mm512_dpbf16_ps(sum[v], (__m512bh)rows, (__m512bh)column);
+          }
+        }
+      }
+      float* to = sums_.data + j * kWidth;
+      for (int v = 0; v < kV; ++v, to += kLanes) {
+        _mm512_mask_storeu_ps(to, own[v], _mm512_add_ps(_mm512_loadu_ps(to), sum[v]));
+      }
+    }
+  }
+
+  template <typename E>
+  void store(const Output& out, int64_t first, int64_t count) {
+    using T = typename E::type;
+    std::vector<bool> outside(job_.rows->count);
+    for (const Span& span : job_.rows->spans) {
+      if (span.adapter == kOutside) std::fill(outside.begin() + span.lo, outside.begin() + span.hi, true);
+    }
+    for (int64_t at = 0; at < count; at += kLanes) {
+      const __mmask16 there = operand::first16(count - at);
+      __m512 bias = _mm512_setzero_ps();
+      if (out.bias != nullptr) bias = E::load(static_cast<const T*>(out.bias) + first + at, there);
+      for (int64_t lo = 0; lo < job_.rows->count; lo += kLanes) {
+        __m512i r[kLanes];
+        for (int64_t j = 0; j < kLanes; ++j) r[j] = _mm512_loadu_si512(sums_.data + (at + j) * kWidth + lo);
+        lanes::transpose(r);
+        for (int64_t i = lo; i < std::min(lo + kLanes, job_.rows->count); ++i) {
+          __m512 x = _mm512_castsi512_ps(r[i - lo]);
+          if (out.bias != nullptr) x = _mm512_add_ps(x, bias);
+          if (outside[i]) x = _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN());
+          E::store(static_cast<T*>(out.data) + job_.rows->row(i) * out.stride + first + at, there, x);
+        }
+      }
+    }
+  }
+
+  const Job& job_;
+  const uint32_t* x_;
+  Buffer<float> sums_;
+  std::vector<uint32_t> s_;
+};
+
+template <int kV>
+void multiply_with(const Job& job) {
+  const Matrix& x = job.lefts[0];
+  const int64_t steps = operand::steps(Type::bf16, x.depth);
+  Buffer<uint32_t> packed(steps * kStepWords * kV * kLanes);
+  in_parts(steps, x.rows * x.depth * 4, [&](int64_t lo, int64_t hi) { pack<kV>(x, lo, hi, packed.data); });
+  std::vector<int64_t> ends{0};  // of each product's vectors of columns
+  int64_t products = 0;
+  for (const Product& product : job.products) {
+    ends.push_back(ends.back() + (product.out.columns + kLanes - 1) / kLanes);
+    products += x.rows * product.out.columns * x.depth;
+  }
+  in_parts(ends.back(), products, [&](int64_t lo, int64_t hi) {
+    Strip<kV> strip(job, packed.data);
+    for (size_t p = 0; p < job.products.size(); ++p) {
+      const Product& product = job.products[p];
+      const int64_t end = std::min((std::min(hi, ends[p + 1]) - ends[p]) * kLanes, product.out.columns);
+      for (int64_t first = std::max<int64_t>(lo - ends[p], 0) * kLanes; first < end; first += kWide) {
+        strip.run(product, first, std::min(kWide, end - first));
+      }
+    }
+  });
+}
+
+}  // namespace
+
+bool multiply_lanes(const Job& job) {
+  if (job.words != Type::bf16 || !job.lefts[0].along) return false;
+  const auto narrow = [](const Product& product) { return product.out.columns < kMostGroup; };
+  if (std::any_of(job.products.begin(), job.products.end(), narrow) || !shrink_few(job)) return false;
+  if (job.rows->count <= 2 * kLanes) multiply_with<2>(job);
+  if (job.rows->count > 2 * kLanes && job.rows->count <= 3 * kLanes) multiply_with<3>(job);
+  if (job.rows->count > 3 * kLanes) multiply_with<4>(job);
+  return true;
+}
+
+}  // namespace lora
+
+#pragma GCC pop_options
+
+#endif
