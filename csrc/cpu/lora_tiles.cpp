@@ -50,6 +50,7 @@ Type type_of(const Tensor& t) {
 
 constexpr int64_t kFew = 24, kSome = 64;  // rows up to which dots, and from there lanes, are the fastest
 constexpr int64_t kFewDots = 56;          // rows up to which packing W costs more than it saves, without lanes
+constexpr int64_t kFewMatrix = 16;        // the same beside a matrix unit, many times as fast as the vector unit
 
 int64_t size_of(Type type) { return type == Type::single ? 4 : 2; }
 
@@ -221,8 +222,9 @@ void lora_tiles(Tensor x, std::vector<Tensor> w, std::vector<Tensor> bias, std::
   }
   Buffer<char> scratch(rows.count * job.s_width * size_of(job.words) + 1);
   job.s = scratch.data;
-  bool done = rows.count > kFew && rows.count <= kSome && lora::multiply_lanes(job);
-  if (!done && rows.count <= kFewDots) done = lora::multiply_few(job);
+  const bool matrix = unit.unit->isa == bf16::Isa::amx;
+  bool done = !matrix && rows.count > kFew && rows.count <= kSome && lora::multiply_lanes(job);
+  if (!done && rows.count <= (matrix ? kFewMatrix : kFewDots)) done = lora::multiply_few(job);
   if (!done) lora::multiply(job);
   if (s.has_value() && s->numel() > 0) keep_s(job, widths, *s);
 }
