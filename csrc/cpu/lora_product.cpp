@@ -3,6 +3,7 @@
 //
 // A row's sums do not look at the tile's other rows: each adapter's product is formed apart and added to its own rows
 // only. The bits of a row depend on nothing beside it.
+#include "lora_ahead.h"
 #include "lora_job.h"
 
 #ifdef BF16_TILES
@@ -144,6 +145,16 @@ void prepare(const Block& block) {
   });
 }
 
+// Where store_rows will write, for ownership of its cache lines.
+template <typename E>
+void fetch_rows(const Block& block, const Output& out, int64_t tile, int64_t column, int64_t count) {
+  for (int64_t i = tile * kTile; i < std::min(block.rows, (tile + 1) * kTile); ++i) {
+    auto* to = static_cast<typename E::type*>(out.data) + block.job.rows->row(block.first + i) * out.stride + column;
+    const auto* end = reinterpret_cast<const char*>(to + count);
+    for (const char* p = reinterpret_cast<const char*>(to); p < end; p += 64) __builtin_prefetch(p, 1, 3);
+  }
+}
+
 // Rows of tiles beside each other, with a bias, to where the rows belong.
 template <typename E>
 void store_rows(const Block& block, const Output& out, const float (*sums)[kTileSums], int64_t tile, int64_t column,
@@ -224,13 +235,17 @@ class Region {
     block_.job.unit->begin();
     for (int64_t g = 0; g < groups; ++g) {
       first_ = first_column + columns * g / groups;
-      count_ = first_column + columns * (g + 1) / groups - first_;
+      const int64_t next = first_column + columns * (g + 1) / groups,
+                    beyond = first_column + columns * (g + 2) / groups;
+      count_ = next - first_;
       load_bias();
       for (held_.assign(held_.size(), {}), pass_ = 0; pass_ < passes_.size(); ++pass_) {
         const bool last = pass_ + 1 == passes_.size();
         pack_columns();
+        look_ahead(g + 1 < groups ? beyond - next : 0, tiles);
         for (int64_t i = first_tile; i < last_tile; ++i) {
           sums_ = sums.data + (passes_.size() > 1 ? (i - first_tile) * group : 0);
+          if (last) fetch(i);
           base(i);
           if (last) finish(i);
         }
@@ -267,6 +282,21 @@ class Region {
     }
   }
 
+  // The columns that come next: of the next pass, or of the next group, `columns` of them, in its first.
+  void look_ahead(int64_t columns, int64_t tiles) {
+    const bool last = pass_ + 1 == passes_.size();
+    const int64_t first = last ? (first_ + count_) * kTile : first_ * kTile;
+    const int64_t count = last ? std::min(columns * kTile, product_.out.columns - first) : width();
+    int64_t calls = 0;
+    for (const Part& part : passes_[pass_])
+      calls += tiles * count_ * chunks(*block_.job.unit, block_.job.words, part.steps);
+    ahead_.clear();
+    for (const Part& part : passes_[last ? 0 : pass_ + 1]) {
+      const auto [from, depth] = elements_of(part);
+      ahead_.emplace_back(product_.terms[part.term].right, first, count, from, depth, calls);
+    }
+  }
+
   void base(int64_t tile) {
     bool add = pass_ > 0;
     const bf16::TileUnit& unit = *block_.job.unit;
@@ -274,10 +304,13 @@ class Region {
     for (const Part& part : passes_[pass_]) {
       const uint32_t* left = block_.left(product_.terms[part.term].left, tile) + part.from * kStep;
       const uint32_t* right = packed_ + part.at * count_;
-      const int64_t parts = chunks(unit, block_.job.words, part.steps);
+      const int64_t parts = chunks(*block_.job.unit, block_.job.words, part.steps);
       for (int64_t c = 0; c < parts; ++c) {
         const int64_t s = part.steps * c / parts, n = part.steps * (c + 1) / parts - s;
+        const int64_t share = (n * kStep + count_ - 1) / count_;
         for (int64_t j = 0; j < count_; ++j) {
+          prefetch(left + (s + n) * kStep + j * share, share);  // the next chunk, from the third level
+          for (Ahead& ahead : ahead_) ahead.fetch();
           const uint32_t* panel = right + (j * part.steps + s) * kStep;
           if (rows > 16) {
             unit.multiply(left + s * kStep, panel, n, sums_[j], add);
@@ -289,6 +322,12 @@ class Region {
       }
     }
     if (!add) std::fill_n(sums_[0], count_ * kTileSums, 0.0f);
+  }
+
+  void fetch(int64_t tile) {
+    operand::with_element(product_.out.type, [&](auto element) {
+      fetch_rows<decltype(element)>(block_, product_.out, tile, first_ * kTile, width());
+    });
   }
 
   void finish(int64_t tile) {
@@ -327,6 +366,7 @@ class Region {
   const Product& product_;
   const std::vector<std::vector<Part>> passes_;
   std::vector<PackedAdapter> held_;
+  std::vector<Ahead> ahead_;
   int64_t panel_ = 0;  // words of a pass, for one column tile
   int64_t group_, rank_steps_, first_ = 0, count_ = 0;
   size_t pass_ = 0;
