@@ -70,8 +70,8 @@ struct Job {
   void* s;
 };
 
-// Into how many parts a depth is cut, nearly equal ones: both operands' part lies in the first-level cache. A call of the
-// fp32 unit forms its sums apart, so several calls keep the chains short.
+// Into how many parts a depth is cut, nearly equal ones: both operands' part lies in the first-level cache. A call of
+// the fp32 unit forms its sums apart, so several calls keep the chains short.
 inline int64_t chunks(const bf16::TileUnit& unit, Type words, int64_t steps) {
   const int64_t most = unit.isa == bf16::Isa::amx ? 11 : 8,
                 least = words == Type::single ? std::min<int64_t>(4, steps) : 0;
