@@ -109,8 +109,12 @@ void multiply_outer(const bf16::TileUnit& unit, Type words, const std::vector<Ou
 
 namespace {
 
+inline int64_t element_bytes(Type type) { return type == Type::single ? 4 : 2; }
+
+inline int64_t s_row_bytes(const Job& job) { return job.s_width * element_bytes(job.words); }
+
 inline char* s_row(const Job& job, int64_t position, int64_t column) {
-  return static_cast<char*>(job.s) + (position * job.s_width + column) * (job.words == Type::bf16 ? 2 : 4);
+  return static_cast<char*>(job.s) + position * s_row_bytes(job) + column * element_bytes(job.words);
 }
 
 // S to x's dtype, where its elements are wider than that.

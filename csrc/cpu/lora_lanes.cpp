@@ -25,11 +25,6 @@ constexpr int kMostGroup = 9;
 template <int kV>
 constexpr int kGroup = kV == 4 ? 6 : kMostGroup;  // rows of W whose sums are in registers
 
-const char* line(const Matrix& m, int64_t i) {
-  return static_cast<const char*>(m.data) +
-         (m.order == nullptr ? i : int64_t(m.order[i])) * m.stride * (m.type == Type::single ? 4 : 2);
-}
-
 // Steps [from, to) of the depth of bf16 rows as [words][kV * 16].
 template <int kV>
 void pack(const Matrix& m, int64_t from, int64_t to, uint32_t* out) {
@@ -38,7 +33,7 @@ void pack(const Matrix& m, int64_t from, int64_t to, uint32_t* out) {
       __m512i r[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
         const bool there = v * kLanes + i < m.rows;
-        const auto* p = reinterpret_cast<const uint16_t*>(line(m, there ? v * kLanes + i : 0)) + s * 2 * kStepWords;
+        const auto* p = operand::line<BF16>(m, there ? v * kLanes + i : 0) + s * 2 * kStepWords;
         r[i] = operand::along<true, BF16>(p, there ? m.depth - s * 2 * kStepWords : 0);
       }
       lanes::transpose(r);
@@ -114,11 +109,14 @@ class Strip {
     const Matrix& w = product.terms[0].right;
     constexpr int kR = kGroup<kV>;
     const auto row = [&](int64_t i) { return std::min(i, w.rows - kR); };  // the last rows may come twice
+    const auto bytes = [&](int64_t i, int64_t k) {
+      return reinterpret_cast<const char*>(operand::line<BF16>(w, row(i)) + k);
+    };
     for (int64_t k = 0; k < w.depth; k += 2 * kPart) {
       for (int64_t at = first; at < first + count; at += kR) {
-        const char* next = line(w, row(at + kR)) + 2 * k;
-        multiply_part<kV>(line(w, row(at)) + 2 * k, x_ + k / 2 * kWidth, std::min(2 * kPart, w.depth - k), next,
-                          2 * w.stride, k == 0, sums_.data + (at - first) * kWidth);
+        const char* next = bytes(at + kR, k);
+        multiply_part<kV>(bytes(at, k), x_ + k / 2 * kWidth, std::min(2 * kPart, w.depth - k), next, 2 * w.stride,
+                          k == 0, sums_.data + (at - first) * kWidth);
       }
     }
     const int64_t last = (count - 1) / kR * kR, again = first + last - row(first + last);
@@ -154,7 +152,7 @@ class Strip {
     __mmask16 own[kV];
     for (int v = 0; v < kV; ++v) own[v] = lanes_below(span.hi, v) & ~lanes_below(span.lo, v);
     for (int64_t j = 0; j < count; ++j) {
-      const auto* p = reinterpret_cast<const typename E::type*>(line(b, first + j));
+      const auto* p = operand::line<E>(b, first + j);
       __m512 sum[kV] = {};
       for (int64_t k = 0; k < b.depth; k += 2 * kStepWords) {
         alignas(64) int32_t words[kStepWords];

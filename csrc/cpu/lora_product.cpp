@@ -136,8 +136,7 @@ void prepare(const Block& block) {
         operand::left(job.words, m, position, block.left(int64_t(which), i));
       }
       if (job.s_width > 0) {
-        std::fill_n(static_cast<char*>(s_row(job, position, 0)), rows * job.s_width * (job.words == Type::bf16 ? 2 : 4),
-                    0);
+        std::fill_n(static_cast<char*>(s_row(job, position, 0)), rows * s_row_bytes(job), 0);
       }
       for (size_t t = 0; t < adapted.size(); ++t) shrink(block, *adapted[t], i, held[t], sums.data);
     }

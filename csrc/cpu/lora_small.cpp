@@ -122,11 +122,6 @@ void dots(const typename X::type* const* x, const typename W::type* const* w, in
 struct Sides {
   const Matrix &x, &w;
   int64_t depth;
-
-  template <typename E>
-  static const typename E::type* row(const Matrix& m, int64_t i) {
-    return static_cast<const typename E::type*>(m.data) + (m.order == nullptr ? i : int64_t(m.order[i])) * m.stride;
-  }
 };
 
 // Rows [first, first + rows) of x, at most four, and columns [column, column + 6), as far as there are any.
@@ -135,8 +130,8 @@ void block_of_dots(const Sides& sides, int64_t first, int64_t rows, int64_t colu
                    float* out) {
   const typename X::type* x[kRows];
   const typename W::type* w[kColumns];
-  for (int64_t i = 0; i < rows; ++i) x[i] = Sides::row<X>(sides.x, first + i);
-  for (int64_t j = 0; j < kColumns; ++j) w[j] = Sides::row<W>(sides.w, std::min(column + j, sides.w.rows - 1));
+  for (int64_t i = 0; i < rows; ++i) x[i] = operand::line<X>(sides.x, first + i);
+  for (int64_t j = 0; j < kColumns; ++j) w[j] = operand::line<W>(sides.w, std::min(column + j, sides.w.rows - 1));
   const int64_t ahead = fetch ? kColumns * sides.w.stride : 0;
   if (rows == 1) dots<kPairs, X, W, 1>(x, w, sides.depth, tails, ahead, out);
   if (rows == 2) dots<kPairs, X, W, 2>(x, w, sides.depth, tails, ahead, out);
@@ -162,7 +157,7 @@ void to_words(const Job& job, const Matrix& m, int64_t first, int64_t rows, uint
     constexpr bool kPairs = decltype(pairs)::value;
     constexpr int64_t kPer = kPairs ? 32 : 16;
     for (int64_t i = 0; i < rows; ++i) {
-      const auto* p = Sides::row<E>(m, std::min(first + i, m.rows - 1));
+      const auto* p = operand::line<E>(m, std::min(first + i, m.rows - 1));
       for (int64_t s = 0; s < steps; ++s, out += kStepWords) {
         _mm512_storeu_si512(out, operand::along<kPairs, E>(p + s * kPer, m.depth - s * kPer));
       }
@@ -317,7 +312,7 @@ bool along(const Job& job) {
 
 bool shrink_few(const Job& job) {
   if (!along(job)) return false;
-  std::fill_n(static_cast<char*>(job.s), job.rows->count * job.s_width * (job.words == Type::bf16 ? 2 : 4), 0);
+  std::fill_n(static_cast<char*>(job.s), job.rows->count * s_row_bytes(job), 0);
   shrink_all(job);
   return true;
 }

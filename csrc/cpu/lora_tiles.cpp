@@ -52,8 +52,6 @@ constexpr int64_t kFew = 24, kSome = 64;  // rows up to which dots, and from the
 constexpr int64_t kFewDots = 56;          // rows up to which packing W costs more than it saves, without lanes
 constexpr int64_t kFewMatrix = 16;        // the same beside a matrix unit, many times as fast as the vector unit
 
-int64_t size_of(Type type) { return type == Type::single ? 4 : 2; }
-
 // The operand whose rows are t's rows.
 Matrix rows_of(const Tensor& t, const int32_t* order = nullptr) {
   const bool along = t.stride(1) == 1 || t.size(1) <= 1;
@@ -172,7 +170,7 @@ Adapter adapter_of(const Matrix& shrink, const Matrix& expand, double scale) {
 void keep_s(const Job& job, const Widths& w, const Tensor& s) {
   const int64_t saved = s.size(0);
   const bool round = job.rounded == Type::half;
-  const int64_t size = size_of(job.words);
+  const int64_t size = lora::element_bytes(job.words);
   torch::stable::parallel_for(0, job.rows->count, 64, [&](int64_t lo, int64_t hi) {
     for (int64_t i = lo; i < hi; ++i) {
       const int64_t row = job.rows->row(i);
@@ -220,7 +218,7 @@ void lora_tiles(Tensor x, std::vector<Tensor> w, std::vector<Tensor> bias, std::
     expect(added == nullptr || bias[p].scalar_type() == x.scalar_type(), "a bias has not the dtype of x");
     job.products.push_back({{term}, {y[p].data_ptr(), type_of(y[p]), y[p].size(1), y[p].stride(0), added}});
   }
-  Buffer<char> scratch(rows.count * job.s_width * size_of(job.words) + 1);
+  Buffer<char> scratch(rows.count * job.s_width * lora::element_bytes(job.words) + 1);
   job.s = scratch.data;
   const bool matrix = unit.unit->isa == bf16::Isa::amx;
   bool done = !matrix && rows.count > kFew && rows.count <= kSome && lora::multiply_lanes(job);
@@ -230,7 +228,7 @@ void lora_tiles(Tensor x, std::vector<Tensor> w, std::vector<Tensor> bias, std::
 }
 
 void zero(const Tensor& t) {  // a fresh tensor, without gaps
-  if (t.numel() > 0) std::memset(t.data_ptr(), 0, size_t(t.numel() * size_of(type_of(t))));
+  if (t.numel() > 0) std::memset(t.data_ptr(), 0, size_t(t.numel() * lora::element_bytes(type_of(t))));
 }
 
 void check_gradients(const std::vector<Tensor>& grad, const std::vector<Tensor>& w, const std::vector<Tensor>& a,
@@ -279,8 +277,8 @@ void lora_tiles_backward(std::vector<Tensor> grad, std::vector<Tensor> w, std::v
   Product product{{}, {nullptr, type, 0, 0, nullptr}};
   if (dx.numel() > 0) {
     product.out = {dx.data_ptr(), type, dx.size(1), dx.stride(0), nullptr};
-    char* beyond = static_cast<char*>(dx.data_ptr()) + grad_rows * dx.stride(0) * size_of(type);
-    std::memset(beyond, 0, size_t((dx.size(0) - grad_rows) * dx.size(1) * size_of(type)));
+    char* beyond = static_cast<char*>(dx.data_ptr()) + grad_rows * dx.stride(0) * lora::element_bytes(type);
+    std::memset(beyond, 0, size_t((dx.size(0) - grad_rows) * dx.size(1) * lora::element_bytes(type)));
   }
   Job job{unit.unit, unit.words, type, {}, {}, &rows, widths.padded.back(), nullptr};
   for (size_t p = 0; p < w.size(); ++p) {
@@ -294,14 +292,14 @@ void lora_tiles_backward(std::vector<Tensor> grad, std::vector<Tensor> w, std::v
     product.terms.push_back(term);
   }
   job.products.push_back(product);
-  Buffer<char> scratch(rows.count * job.s_width * size_of(job.words) + 1);
+  Buffer<char> scratch(rows.count * job.s_width * lora::element_bytes(job.words) + 1);
   job.s = scratch.data;
   if (asked) lora::multiply(job);
   std::vector<Outer> outers;
   for (size_t p = 0; p < w.size(); ++p) {
     for (size_t e = 0; e < n; ++e) {
       const size_t i = p * n + e;
-      const int64_t rank = a[i].size(0), at = rank == 0 ? 0 : widths.padded[p] * size_of(job.words);
+      const int64_t rank = a[i].size(0), at = rank == 0 ? 0 : widths.padded[p] * lora::element_bytes(job.words);
       const auto span = std::find_if(rows.spans.begin(), rows.spans.end(),
                                      [e](const Span& one) { return one.adapter == int64_t(e); });
       if (span == rows.spans.end() || grad[p].numel() == 0) {
@@ -314,7 +312,7 @@ void lora_tiles_backward(std::vector<Tensor> grad, std::vector<Tensor> w, std::v
                           da[i].stride(0), false});
       }
       if (db[i].numel() > 0) {
-        const void* kept = static_cast<const char*>(s.data_ptr()) + widths.compact[p] * size_of(type_of(s));
+        const void* kept = static_cast<const char*>(s.data_ptr()) + widths.compact[p] * lora::element_bytes(type_of(s));
         const Matrix left{kept, type_of(s), rank, rows.count, s.stride(0), false, rows.renumbered()};
         outers.push_back({left, columns_of(grad[p], rows.renumbered()), span->lo, span->hi, db[i].data_ptr(),
                           type_of(db[i]), db[i].stride(0), true});

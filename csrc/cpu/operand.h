@@ -123,15 +123,18 @@ LANES __m512i across(const typename E::type* even, const typename E::type* odd, 
   }
 }
 
+template <typename E>
+LANES const typename E::type* line(const Matrix& m, int64_t i) {
+  return static_cast<const typename E::type*>(m.data) + (m.order == nullptr ? i : int64_t(m.order[i])) * m.stride;
+}
+
 // A matrix seen through its element type, cut to `depth` elements from `from` on.
 template <typename E>
 struct Lines {
   const Matrix& m;
   int64_t from, depth;
   using T = typename E::type;
-  const T* line(int64_t i) const {
-    return static_cast<const T*>(m.data) + (m.order == nullptr ? i : int64_t(m.order[i])) * m.stride;
-  }
+  const T* line(int64_t i) const { return operand::line<E>(m, i); }
   const T* at_depth(int64_t k) const { return k < depth ? line(from + k) : nullptr; }
 };
 

@@ -2,35 +2,9 @@
 // message.
 #define RLHF_CUDA_ON_HOST
 #include "cuda/lora_small_m.cuh"
-
-namespace {
-
-template <typename F>
-const char* guarded(const F& run) {
-  static std::string message;
-  try {
-    run();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
-
-template <typename F>
-void with_type(int64_t type, const F& run) {
-  if (type == 0) run(float());
-  if (type == 1) run(__nv_bfloat16());
-  if (type == 2) run(__half());
-}
-
-}  // namespace
+#include "testing/host_entry.h"
 
 extern "C" {
-
-const char* run_backwards(bool backwards) {
-  return guarded([&] { cuda_on_host::block.backwards = backwards; });
-}
 
 // types: 0 fp32, 1 bf16, 2 fp16. entries: [projections * n][a, b, a's stride, b's stride, rank]; outputs:
 // [projections][y, stride, columns, first column in s]; index (int64 or int32) or adapter (of each row) is null.

@@ -3,37 +3,11 @@
 #include "cuda/head_pull.cuh"
 #include "cuda/head_stats.cuh"
 #include "cuda/logprob_rows.cuh"
-
-namespace {
-
-template <typename F>
-const char* guarded(const F& run) {
-  static std::string message;
-  try {
-    run();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
-
-template <typename F>
-void with_type(int type, const F& run) {
-  if (type == 0) run(float());
-  if (type == 1) run(__nv_bfloat16());
-  if (type == 2) run(__half());
-}
-
-}  // namespace
+#include "testing/host_entry.h"
 
 using cuda_rows::Shaping;
 
 extern "C" {
-
-const char* run_backwards(bool backwards) {
-  return guarded([&] { cuda_on_host::block.backwards = backwards; });
-}
 
 const char* host_head_stats(float* z, float* zr, const int64_t* target, const float* bias, const float* temperature,
                             float softcap, float scale, bool raw, bool kl, bool rkl, double* state, int64_t rows,

@@ -1,6 +1,7 @@
 // Small kernels that try the shim itself: what it computes, and what it must notice.
 #define RLHF_CUDA_ON_HOST
 #include "cuda/cluster.cuh"
+#include "testing/host_entry.h"
 
 namespace {
 
@@ -119,18 +120,6 @@ __global__ void part_of_a_cluster(float* out) {
   if (cluster.rank > 0) __syncthreads();
 }
 
-template <typename F>
-const char* guarded(const F& run) {
-  static std::string message;
-  try {
-    run();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
-
 }  // namespace
 
 using cuda_on_host::launch;
@@ -160,9 +149,6 @@ const char* run_unwritten(double* out) {
 }
 const char* run_without_a_barrier(int* out) {
   return guarded([&] { launch(without_a_barrier, 1, 64, 0, out); });
-}
-const char* run_backwards(bool backwards) {
-  return guarded([&] { cuda_on_host::block.backwards = backwards; });
 }
 const char* run_off_its_boundary(float4* out) {
   return guarded([&] { launch(off_its_boundary, 1, 1, 0, out); });

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_kernels.nn.siblings import Pending
-from rlhf_kernels.ops.lora import Routing, build_routing
+from rlhf_kernels.ops.lora.routing import Routing, build_routing, repeated, triples, used_alone
 
 BASE = "__base__"  # PEFT's word for the bypass in adapter_names
 MOST_SPREADS = 8  # lengths of batches that a route remembers: one that lives on meets new ones without end
@@ -51,10 +51,9 @@ class Route:
         runs = self.routing.host_runs()
         if runs is None:
             return self
-        slots = sorted({e for e in runs[2::3] if e >= 0})
-        cut = tuple(slots.index(v) if i % 3 == 2 and v >= 0 else v for i, v in enumerate(runs))
+        slots, cut = used_alone(runs)
         names = tuple(self.adapters[e] for e in slots)
-        return Route(names, Routing(len(slots), self.routing.rows, runs=cut, grad_rows=self.routing.grad_rows))
+        return Route(names, Routing(len(slots), self.routing.rows, runs=tuple(cut), grad_rows=self.routing.grad_rows))
 
     def over(self, rows: int, device: torch.device) -> Spread:
         """The route of a layer whose input has `rows` rows, a multiple of the routing's."""
@@ -70,7 +69,7 @@ class Route:
         grad_rows = None if routing.grad_rows is None else routing.grad_rows * repeats
         runs = routing.host_runs()
         if runs is not None:
-            return Spread(None, [v if i % 3 == 2 else v * repeats for i, v in enumerate(runs)], grad_rows)
+            return Spread(None, repeated(runs, repeats), grad_rows)
         assert routing.index is not None
         if repeats == 1 and routing.index.device == device:
             index = routing.index.clone() if device.type == "cpu" else routing.index  # kept for recomputations
@@ -97,7 +96,7 @@ class Route:
             assert spread.index is not None
             slots = spread.index.tolist()
         else:
-            slots = [e for lo, hi, e in zip(*(spread.runs[i::3] for i in range(3))) for _ in range(hi - lo)]
+            slots = [e for lo, hi, e in triples(spread.runs) for _ in range(hi - lo)]
         return [BASE if e < 0 else self.adapters[e] for e in slots]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_kernels.nn.siblings import Pending, project
-from rlhf_kernels.ops.lora import Routing
+from rlhf_kernels.ops.lora.routing import Routing, used_alone
 
 if TYPE_CHECKING:
     from rlhf_kernels.nn.lora import LoRALinear, LoraSpec
@@ -109,9 +109,7 @@ class AdapterRoutes:
             raise ValueError(f"routing was built for {routing.adapters} adapters; the model has {len(names)}")
         runs = routing.host_runs()
         if runs is not None:  # adapters that no row uses are left out: they cost no layer anything
-            used = sorted({e for e in runs[2::3] if e >= 0})
-            place = {e: i for i, e in enumerate(used)} | {-1: -1}
-            runs = [place[v] if i % 3 == 2 else v for i, v in enumerate(runs)]
+            used, runs = used_alone(runs)
             names = [names[e] for e in used]
         index = routing.index if runs is None else None
         if index is not None and index.device.type == "cpu":

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels.ops.lora.routing import Routing, is_index
+from rlhf_kernels.ops.lora.routing import Routing, is_index, repeated
 
 
 def check_x(x: Any) -> None:
@@ -182,7 +182,7 @@ def _expand(
     if repeats == 1:
         return index, runs, order
     if runs is not None:
-        runs = [v if i % 3 == 2 else v * repeats for i, v in enumerate(runs)]
+        runs = repeated(runs, repeats)
     if index is not None:
         index = index.repeat_interleave(repeats, output_size=rows)
     if order is not None:

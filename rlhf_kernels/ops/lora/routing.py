@@ -77,6 +77,18 @@ def triples(runs: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     return zip(runs[0::3], runs[1::3], runs[2::3])
 
 
+def repeated(runs: Sequence[int], repeats: int) -> list[int]:
+    """The runs where every entry stands for `repeats` rows."""
+    return [v if i % 3 == 2 else v * repeats for i, v in enumerate(runs)]
+
+
+def used_alone(runs: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The adapters that rows use, ascending, and the runs over these alone."""
+    used = sorted({e for e in runs[2::3] if e >= 0})
+    place = {e: i for i, e in enumerate(used)} | {-1: -1}
+    return used, [place[v] if i % 3 == 2 else v for i, v in enumerate(runs)]
+
+
 def is_index(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.int64, torch.int32, torch.int16, torch.int8)
 
