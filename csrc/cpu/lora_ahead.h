@@ -18,16 +18,17 @@ using operand::Matrix;
 using operand::Type;
 
 // To the second-level cache; may lie behind the end.
-void prefetch(const uint32_t* p, int64_t words) {
+inline void prefetch(const uint32_t* p, int64_t words) {
   for (int64_t i = 0; i < words; i += 16) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T1);
 }
 
-// Calls for the columns that a region packs next, a few cache lines at a time, while it multiplies.
+// Calls for what is packed next, rows [first, first + count) of a matrix, a few cache lines at a time, in `calls` steps
+// of the multiplication before it. Lines that are renumbered are not called for.
 class Ahead {
  public:
   Ahead(const Matrix& m, int64_t first, int64_t count, int64_t from, int64_t depth, int64_t calls) {
     const int64_t size = m.type == Type::single ? 4 : 2;
-    const int64_t lines = count <= 0 ? 0 : m.along ? count : depth;
+    const int64_t lines = count <= 0 || m.order != nullptr ? 0 : m.along ? count : depth;
     stride_ = m.stride * size;
     at_ = static_cast<const char*>(m.data) + first * (m.along ? stride_ : size) + from * (m.along ? size : stride_);
     width_ = (m.along ? depth : count) * size;

@@ -159,9 +159,10 @@ inline void pack_left(const Matrix& m, int64_t first, int64_t from, int64_t dept
   for (int64_t row = 0; m.along && row < kTile; ++row) {
     uint32_t* to = out + row * kStepWords;
     if (first + row < m.rows) {
-      const auto* p = lines.line(first + row) + from;
+      const auto *p = lines.line(first + row) + from, *next = lines.line(std::min(first + row + 1, m.rows - 1)) + from;
       for (int64_t s = 0; s < n; ++s) {
         const int64_t k = s * kStepWords * kPer;
+        _mm_prefetch(reinterpret_cast<const char*>(next + k), _MM_HINT_T0);  // a line is too short to be foreseen
         _mm512_storeu_si512(to + s * kStep, along<kPairs, E>(p + k, depth - k));
       }
     } else {

@@ -66,6 +66,8 @@ def no_autocast(tensor: torch.Tensor) -> AbstractContextManager:
 
 def under_autocast(tensor: torch.Tensor) -> bool:
     """Whether autocast is on for `tensor`'s device."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
     device = tensor.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 

@@ -61,7 +61,7 @@ def apply(
     saved_rows = grad_rows if learns and any(b.requires_grad for b in lora_b) else 0
     if not tracing:
         node = _NodeUnderTransforms if torch._C._are_functorch_transforms_active() else _Node
-        call = Call(runs, scaling, grad_rows, saved_rows, len(weights), index is None)
+        call = Call(runs, scaling, grad_rows, saved_rows, len(weights), index is None, serving)
         return list(node.apply(call, index, scaling_tensor, order, x, *weights, *biases, *lora_a, *lora_b)[:-1])
     some = [x.new_empty(0) if b is None else b for b in biases]
     ys, _ = compiled.op(
@@ -118,7 +118,18 @@ def _forward(
     """(*ys, s); rest: *weights, *biases, *lora_a, *lora_b."""
     weights, biases, lora_a, lora_b = parts(call, rest)
     ys, s = gradients.forward(
-        x, weights, biases, lora_a, lora_b, index, call.runs, call.scaling, scaling_tensor, order, call.saved_rows
+        x,
+        weights,
+        biases,
+        lora_a,
+        lora_b,
+        index,
+        call.runs,
+        call.scaling,
+        scaling_tensor,
+        order,
+        call.saved_rows,
+        call.serving,
     )
     return *ys, s
 

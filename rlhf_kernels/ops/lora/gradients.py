@@ -6,7 +6,6 @@ dx needs them. What a tier does not read it gets as a stand-in of the right shap
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +26,7 @@ class Call:
     saved_rows: int
     projections: int
     runs_alone: bool  # an adapter they do not name gets None as its gradient
+    serving: tier.Tier | None = None  # the forward, where it is chosen already
 
 
 def keep(
@@ -51,15 +51,21 @@ def keep(
         index = index.clone()  # its owner may overwrite it before the backward, which is this forward's
     ctx.outputs = None if x.requires_grad else [w.shape[0] for w in weights]
     kept_x = None
-    if any(t.requires_grad for t in (*weights, *lora_a)):
+    if _any_requires_grad(lora_a) or _any_requires_grad(weights):
         kept_x = x if call.grad_rows == x.shape[0] else x[: call.grad_rows]
     ctx.save_for_backward(
         index, scaling_tensor, order, kept_x, s, *(weights if x.requires_grad else ()), *lora_a, *lora_b
     )
 
 
-def _live_runs(runs: Sequence[int], grad_rows: int) -> list[int]:
+def _any_requires_grad(tensors: Sequence[Tensor]) -> bool:
+    return any(t.requires_grad for t in tensors)
+
+
+def _live_runs(runs: Sequence[int], grad_rows: int) -> Sequence[int]:
     """The runs below grad_rows."""
+    if len(runs) == 3 and runs[0] == 0 and runs[1] <= grad_rows:
+        return runs
     live: list[int] = []
     for lo, hi, e in triples(runs):
         if lo < grad_rows and hi > lo:
@@ -88,14 +94,13 @@ def gradients(ctx: Any, grads: Sequence[Tensor | None], needs: list[Any], comput
     ]
     if not any(needs):
         return [None] * len(needs)
-    empty = s.new_empty(0)
     if ctx.outputs is None:
         weights, rest = rest[:count], rest[count:]
     else:
         weights = [s.new_empty(()).expand(n_out, ctx.inputs) for n_out in ctx.outputs]
     if x is None:
         x = s.new_empty(()).expand(call.grad_rows, ctx.inputs)
-    some = [empty if grad is None else grad.contiguous() for grad in grads]
+    some = [s.new_empty(0) if grad is None else grad.contiguous() for grad in grads]
     lora_a, lora_b = rest[: count * n], rest[count * n :]
     out = compute(
         some, weights, lora_a, lora_b, index, ctx.runs, call.scaling, scaling_tensor, order, x, s, call.grad_rows,
@@ -116,8 +121,9 @@ def forward(
     scaling_tensor: Tensor | None,
     order: Tensor | None,
     saved_rows: int,
+    serving: tier.Tier | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    serving = tier.chosen(x, weights, lora_a)
+    serving = serving or tier.chosen(x, weights, lora_a)
     assert serving is not None
     ys, s = serving.forward(
         x, weights, biases, lora_a, lora_b, index, runs, scaling, scaling_tensor, order, saved_rows
@@ -171,5 +177,5 @@ def on_host(scaling: Sequence[float], scaling_tensor: Tensor | None) -> tuple[Se
 def parts(call: Call, tensors: Sequence[Any]) -> tuple[Sequence[Any], ...]:
     """weights, biases, lora_a, lora_b."""
     count, adapters = call.projections, call.projections * len(call.scaling)
-    bounds = [0, count, 2 * count, 2 * count + adapters, 2 * count + 2 * adapters]
-    return tuple(tensors[lo:hi] for lo, hi in pairwise(bounds))
+    a, b = 2 * count, 2 * count + adapters
+    return tensors[:count], tensors[count:a], tensors[a:b], tensors[b : b + adapters]

@@ -54,7 +54,7 @@ def forward(
     rows = x.shape[0]
     ys = [x.new_empty(rows, weight.shape[0]) for weight in weights]
     s = x.new_empty(saved_rows, sum(widths(lora_a, len(weights)))) if saved_rows else None
-    some = [x.new_empty(0) if b is None else _dense(b) for b in biases] if any(b is not None for b in biases) else []
+    some = [] if all(b is None for b in biases) else [x.new_empty(0) if b is None else _dense(b) for b in biases]
     torch.ops.rlhf_kernels.lora_tiles(
         _rows(x), _lines(weights), some, _lines(lora_a), _lines(lora_b), _index(index, runs), runs or [], scaling, ys, s
     )
@@ -95,12 +95,13 @@ def backward(
             _lines(lora_a), _lines(lora_b), _index(index, runs), runs or [], scaling, x, _rows(s), grad_rows, dx,
             da, db,
         )  # fmt: skip
-    live = [grad[:grad_rows] if grad.ndim == 2 else None for grad in grads]
-    dweights = [
-        mm(dy.t(), x[:grad_rows]) if dy is not None and need else empty for dy, need in zip(live, needs[1 : 1 + count])
-    ]
-    dbiases = [dy.sum(0) if dy is not None and need else empty for dy, need in zip(live, needs[1 + count :])]
-    return [dx, *dweights, *dbiases, *(slot.to(t.dtype) for slot, t in zip(slots, adapters))]
+    whole = [empty] * 2 * count
+    for p, dy in enumerate(grads):
+        if dy.ndim == 2 and needs[1 + p]:
+            whole[p] = mm(dy[:grad_rows].t(), x[:grad_rows])
+        if dy.ndim == 2 and needs[1 + count + p]:
+            whole[count + p] = dy[:grad_rows].sum(0)
+    return [dx, *whole, *(slot if slot.dtype == t.dtype else slot.to(t.dtype) for slot, t in zip(slots, adapters))]
 
 
 def _rows(t: Tensor) -> Tensor:
