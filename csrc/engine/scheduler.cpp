@@ -95,7 +95,9 @@ void Scheduler::pack(const StepSizes& sizes, uint8_t* out, size_t bytes) const {
 Sequence Scheduler::take(int number) {
   Sequence& s = sequences_.at(number);
   if (s.state != State::kDone) throw std::logic_error("sequence " + std::to_string(number) + " has not finished");
-  return std::exchange(s, Sequence{.owner = s.owner, .prompt = s.prompt, .state = State::kDone});
+  Sequence rest;  // what the scheduler still looks at
+  rest.owner = s.owner, rest.prompt = s.prompt, rest.state = State::kDone;
+  return std::exchange(s, std::move(rest));
 }
 
 void Scheduler::admit(int budget) {
@@ -301,8 +303,9 @@ void Scheduler::release(int number) {
 }
 
 int Scheduler::will_need(const Sequence& s, int number) const {
-  // Everything it knows, and one slice further. A sequence that another one leads shares all but the tail.
-  const int soon = std::min(s.length() + slice_tokens_, s.limit - 1);
+  // Everything it knows, and half a slice further: a whole one leaves a tenth of the arena empty, none at all has most
+  // of what is admitted computed twice. A sequence that another one leads shares all but the tail.
+  const int soon = std::min(s.length() + (slice_tokens_ + 1) / 2, s.limit - 1);
   const int lead = tree_[path(s).back()].lead;
   const bool led = s.generated() == 0 && lead != kNone && lead != number;
   const int has = std::max(static_cast<int>(s.table.size()), led ? static_cast<int>(path(s).size()) - 1 : 0);

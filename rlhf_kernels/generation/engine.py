@@ -5,6 +5,7 @@ together; then one fused sampling call draws the next token of every sequence th
 takes part.
 """
 
+import sys
 import time
 import weakref
 from collections.abc import Callable, Generator, Sequence
@@ -90,7 +91,7 @@ class SlicedGenerator:
         outside the vocabulary, prompt + max_new_tokens above the model's max_position_embeddings, lists of the wrong
         length; all before anything is generated. FloatingPointError when the model's logits are NaN.
         """
-        rollouts = list(self._open(prompts, params, role, streams, whole=True))
+        rollouts = list(self._open(prompts, params, role, streams, sys.maxsize))
         return sorted(rollouts, key=lambda rollout: (rollout.prompt_index, rollout.sample_index))
 
     def stream(
@@ -99,9 +100,16 @@ class SlicedGenerator:
         params: SamplingParams | Sequence[SamplingParams],
         role: str = "actor",
         streams: Sequence[int] | None = None,
+        every: int = 1,
     ) -> Generator[Rollout, None, None]:
-        """The same rollouts, each as soon as it is finished; nothing runs between two of them, and closing ends it."""
-        return self._open(prompts, params, role, streams, whole=False)
+        """The same rollouts, each as soon as it is finished; nothing runs between two of them, and closing ends it.
+
+        every: they are handed out when so many have finished. The model is made ready anew each time, which costs a
+        walk over its modules: a reader in no hurry asks for more than one.
+        """
+        if every < 1:
+            raise ValueError(f"every is {every}; it must be at least 1")
+        return self._open(prompts, params, role, streams, every)
 
     def close(self) -> None:
         """Ends the stream that is being read, if there is one; the generator can then be used again."""
@@ -122,7 +130,7 @@ class SlicedGenerator:
         params: SamplingParams | Sequence[SamplingParams],
         role: str,
         streams: Sequence[int] | None,
-        whole: bool,
+        every: int,
     ) -> Generator[Rollout, None, None]:
         forward = self._forward(role)
         arena = self._arena_for(forward)
@@ -138,14 +146,14 @@ class SlicedGenerator:
             step_tokens=self.step_tokens,
         )
         opened: list[weakref.ref] = []
-        stream = self._run(forward, arena, schedule, whole, opened)
+        stream = self._run(forward, arena, schedule, every, opened)
         opened.append(weakref.ref(stream))
         return stream
 
     def _run(
-        self, forward: Forward, arena: Arena, schedule: Schedule, whole: bool, opened: list[weakref.ref]
+        self, forward: Forward, arena: Arena, schedule: Schedule, every: int, opened: list[weakref.ref]
     ) -> Generator[Rollout, None, None]:
-        """Steps until all is done; rollouts as they finish or, with `whole`, at the end."""
+        """Steps until all is done; rollouts as soon as `every` have finished."""
         self._check_idle()
         # No flag to be taken back: a generator that has raised, ended or been dropped is idle by itself.
         self._stream = opened[0]
@@ -156,7 +164,7 @@ class SlicedGenerator:
             finished: list[int] = []
             with torch.no_grad(), forward.prepared():
                 self._graphs.refresh(forward, arena)
-                while core.unfinished and (whole or not finished):
+                while core.unfinished and len(finished) < every:
                     finished += self._step(forward, arena, schedule)
             rollouts = [schedule.rollout(number) for number in finished]
             self._count(schedule, arena, time.perf_counter() - start, self._model_seconds - model_before)
