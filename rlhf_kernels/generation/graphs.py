@@ -9,6 +9,7 @@ scratch slot and whose tokens nobody reads. Without CUDA a replay calls the same
 import os
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ class DecodeGraphs:
         self._captured: dict[tuple, StaticStep] = {}
         self._key: tuple | None = None
         self._failed = False
+        self._pool: Any = None  # one for all sizes: they run one at a time, and nothing of theirs outlives a replay
 
     def refresh(self, forward: Forward, arena: Arena) -> None:
         """To be called before steps run after anyone else may have touched the model or the arena."""
@@ -48,7 +50,7 @@ class DecodeGraphs:
     def clear(self) -> None:
         """Gives the graphs and their memory back."""
         self._captured.clear()
-        self._key = None
+        self._key = self._pool = None
 
     def wanted(self, device: torch.device) -> bool:
         """Whether steps on `device` are replayed."""
@@ -71,7 +73,9 @@ class DecodeGraphs:
         width = min(_power_of_two(schedule.most_slices), arena.num_slices)
         size = (rows, width, tuple(schedule.unused))
         if size not in self._captured:
-            self._captured[size] = StaticStep(forward, arena, rows, width, schedule.unused)
+            if self._pool is None and arena.device.type == "cuda":
+                self._pool = torch.cuda.graph_pool_handle()
+            self._captured[size] = StaticStep(forward, arena, rows, width, schedule.unused, self._pool)
         return self._captured[size]
 
     def give_up(self, error: Exception) -> None:
@@ -84,13 +88,16 @@ class DecodeGraphs:
 class StaticStep:
     """One size: its buffers, what runs on them, and, on CUDA from the second time on, the graph of it."""
 
-    def __init__(self, forward: Forward, arena: Arena, rows: int, width: int, unused: dict[str, float]) -> None:
+    def __init__(
+        self, forward: Forward, arena: Arena, rows: int, width: int, unused: dict[str, float], pool: Any
+    ) -> None:
         self.sizes = StepSizes(rows, rows, width, rows, rows)
         self.device = arena.device
         self._buffers = StepBuffers(arena.device, _engine.layout(*self.sizes)[-1])
         self._drawn = DrawBuffers(arena.device, rows)
         self._forward, self._arena, self._unused = forward, arena, dict(unused)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._pool = pool
         self._uses = 0
 
     def fill(self, core: "_engine.Scheduler") -> None:
@@ -105,7 +112,7 @@ class StaticStep:
             _beside(self._run)
         else:
             if self._graph is None:
-                self._graph = _capture(self._run)
+                self._graph = _capture(self._run, self._pool)
             self._graph.replay()
         self._uses += 1
         return self._drawn.read(rows)
@@ -122,10 +129,10 @@ class CaptureError(RuntimeError):
     """The step cannot be captured: something in it synchronises with the host."""
 
 
-def _capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def _capture(run: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             run()
     except RuntimeError as error:
         raise CaptureError(str(error)) from error

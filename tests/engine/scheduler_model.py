@@ -3,8 +3,8 @@
 The rules: rank order; a decoding sequence takes one token, a prompt as many as are left of `step_tokens` after one for
 each decoding sequence; a slice is taken when a token needs it; when none is free the youngest gives all of its own back
 and begins again, but those of its prompt stay for it until they are wanted (longest left first, the last slice first);
-after such a step nobody is admitted; a sequence is admitted when there is room for what it and the running ones will soon
-need.
+after such a step nobody is admitted; a sequence is admitted when there is room for what it and the running ones will
+soon need.
 """
 
 from dataclasses import dataclass, field

@@ -76,13 +76,12 @@ def finishing_steps(call, count=None):
 @settings(max_examples=150, deadline=None)
 @given(calls(shared=True), st.integers(0, 8))
 def test_no_one_starves(call, last):
-    """A sequence finishes within the steps that it and those before it would take one after the other: whoever comes
-    after, and however many, takes nothing from it but its place beside the prompt pieces of a step."""
-    prompts, mosts, ends, _, _, _, step_tokens = call
+    """A sequence finishes within a number of steps that its own tokens and those of the sequences before it bound: how
+    many come after it, and how long they are, does not matter."""
+    prompts, mosts, ends = call[:3]
     finished, allowed = finishing_steps(call), 0
     for number, (prompt, most, end) in enumerate(zip(prompts, mosts, ends)):
-        alone = len(prompt) + 2 * min(most, end)
-        allowed += alone
+        allowed += len(prompt) + 2 * min(most, end)  # one token a step; and a step lost whenever another gives way
         assert finished[number] <= allowed
 
 

@@ -12,7 +12,8 @@ from generation_models import generator, greedy, model, prompts
 
 from rlhf_kernels.generation import SamplingParams, engine, graphs
 
-FILES = {str(Path(engine.__file__).with_name(n + ".py")) for n in ("engine", "scheduler", "step_buffers", "graphs", "arena")}
+OWN = ("engine", "scheduler", "step_buffers", "graphs", "arena")
+FILES = {str(Path(engine.__file__).with_name(f"{name}.py")) for name in OWN}
 GIVEN = prompts([9, 20, 4, 5, 9])
 EACH = [
     SamplingParams(max_new_tokens=6, n=2, greedy_baseline=True),
@@ -111,14 +112,18 @@ def test_a_fault_in_the_model_or_the_core_leaves_the_generator_whole(switch, mon
         assert gen.generate(GIVEN, EACH) == want
 
 
+def read_until(gen, stop):
+    for i, _ in enumerate(gen.stream(GIVEN, EACH), 1):
+        if i == stop:
+            raise Fault
+
+
 def test_a_reader_that_raises_leaves_the_generator_whole():
     gen = generator(model(), BUDGET)
     want = gen.generate(GIVEN, EACH)
     for stop in range(1, len(want)):
         with pytest.raises(Fault):
-            for i, _ in enumerate(gen.stream(GIVEN, EACH), 1):
-                if i == stop:
-                    raise Fault
+            read_until(gen, stop)
         assert gen.generate(GIVEN, EACH) == want
 
 
