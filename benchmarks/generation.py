@@ -65,7 +65,7 @@ SCALES = {
     ),
 }  # fmt: skip
 BUDGET_S = 40.0  # of one contestant's timed runs in the workload: slow peers get one round
-SHORT_BUDGET_S = 12.0
+SHORT_BUDGET_S = 8.0
 ROUNDS = 3
 
 
@@ -103,7 +103,7 @@ def _against_peers(
     kv_memory = whole_bytes(scale.model, work, scale.active)
     draws, of = work.draw(), work.prompts
     kv_tokens = kv_memory // scale.model.token_bytes()
-    continuous = [Continuous(n, min(of, max(batch.prompts for batch in batches)), kv_tokens) for n in active]
+    continuous = [Continuous(n, min(of, 2 * n), kv_tokens) for n in active]
     peers: list[Static | Continuous] = [*batches, *continuous]
 
     def build(tiny: bool) -> dict[str, Prepare]:
@@ -156,7 +156,7 @@ def _budgets(scale: Scale, device: str) -> Case:
     megabytes = budget.budgets(scale.model, work.draw())[0] / 2**20
     name = f"budgets of KV bytes from {megabytes:.0f} MiB down: {work.text()}"
     tokens = dict.fromkeys(names, work.draw().tokens)
-    return _case(name, build, OURS, tokens, memory=True, checks=checks)
+    return _case(name, build, OURS, tokens, checks=checks)
 
 
 def _fp32(model: Llama) -> Llama:
@@ -167,7 +167,7 @@ def _fp32(model: Llama) -> Llama:
 def _rows(scale: Scale, device: str) -> Case:
     """As many prompts as rows, all of one length, so that every step has them all."""
     works = {n: scale.work(n, "equal") for n in scale.rows}
-    names = {n: f"{OURS}, {n} rows" for n in scale.rows}
+    names = {n: f"{OURS}, {n} row{'s' * (n > 1)}" for n in scale.rows}
     static = {n: Static(n, n) for n in (scale.rows[0], scale.rows[len(scale.rows) // 2], scale.rows[-1])}
 
     def build(tiny: bool) -> dict[str, Prepare]:
@@ -204,9 +204,9 @@ def _sharing(scale: Scale, device: str, name: str, sharing: Sharing, at_least: f
 
 def _queue(scale: Scale, device: str) -> Case:
     last: list[Sliced] = []
-    lengths = (scale.queue, 3 * scale.active)
+    lengths = (scale.queue, 2 * scale.active)
     names = {lengths[0]: OURS, lengths[1]: f"{lengths[1]} prompts queued"}
-    rollouts = 2 * scale.active
+    rollouts = scale.active
 
     def build(tiny: bool) -> dict[str, Prepare]:
         used, found = scale.tiny() if tiny else scale, {}
@@ -228,7 +228,7 @@ def _queue(scale: Scale, device: str) -> Case:
 
 
 def _adapter(scale: Scale, device: str) -> Case:
-    work = scale.work(2 * scale.few)
+    work = scale.work(scale.few)
 
     def build(tiny: bool) -> dict[str, Prepare]:
         used, small = (scale.tiny(), work.tiny()) if tiny else (scale, work)

@@ -78,13 +78,13 @@ def generate_batch(model: Any, batch: Draws, compiled: bool = False, most: int |
     config = sampling(max_new_tokens=longest, cache_implementation="static" if compiled else None)
 
     def stop(so_far: Tensor, scores: Any, **_: Any) -> Tensor:
-        return torch.full((len(so_far),), so_far.shape[1] - width >= (most or longest), device=so_far.device)
+        return torch.full((len(so_far),), so_far.shape[1] - width >= (most or 0), device=so_far.device)
 
     out = model.generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         generation_config=config,
-        stopping_criteria=[stop],
+        stopping_criteria=[stop] if most else None,
     )
     made = out[:, width:].tolist()
     assert all(len(row) == min(longest, most or longest) for row in made)

@@ -1,4 +1,4 @@
-"""The contestants of `python -m benchmarks generation` make the tokens they are credited with, from the same prompts."""
+"""The contestants of `python -m benchmarks generation` make the tokens that they are credited with."""
 
 import pytest
 import torch
