@@ -198,8 +198,8 @@ def _sharing(scale: Scale, device: str, name: str, sharing: Sharing, at_least: f
     whole = f"{name}: {sharing.work.text()}"
     names = sharing.contestants(None, 0, 1, [])
     tokens = dict.fromkeys(names, sharing.rollouts * sharing.work.draw().tokens)
-    target = Target(SEPARATE, at_least=at_least)
-    return _case(whole, build, SEPARATE, tokens, targets=(target,), checks=lambda: sharing.checks(stats))
+    targets = (Target(SEPARATE, at_least=at_least),) if device == "cpu" else ()
+    return _case(whole, build, SEPARATE, tokens, targets=targets, checks=lambda: sharing.checks(stats))
 
 
 def _queue(scale: Scale, device: str) -> Case:
