@@ -49,7 +49,7 @@ SCALES = {
     "cpu": Scale(
         Llama(8, 512, 1376, 8, 8, 8192), (16, 96), (1, 128), prompts=512, active=64,
         batches=(
-            Static(64, 128), Static(32, 64), Static(128, 128), Static(64, 128, "prompt"), Static(64, 128, "length"),
+            Static(64, 128), Static(128, 128), Static(64, 128, "prompt"), Static(64, 128, "length"),
         ),
         targets=(Target(GENERATE, at_least=5), Target(CONTINUOUS, at_least=15)),
         continuous=(32, 64), few=64, shared_prompt=96, shared_new=32, rows=(1, 2, 4, 8, 16, 32, 64),
