@@ -5,7 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 // Rises with every change of a schema or of its meaning, here and in rlhf_kernels/ops/registry.py, which compares them.
-constexpr long kAbi = 3;
+constexpr long kAbi = 4;
 
 STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
   // logprob: row passes of the head over a block of logits, and the whole op for logits that are already there
@@ -64,6 +64,9 @@ STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
   m.def(
       "sliced_attention_forward(Tensor q, Tensor keys, Tensor values, Tensor slice_table, Tensor context_lens, "
       "Tensor cu_q, float scale, int window, float softcap) -> Tensor");
+  m.def(
+      "sliced_step(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor slice_table, "
+      "Tensor context_lens, Tensor cu_q, float scale, int window, float softcap) -> Tensor");
   m.def("arena_write(Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor k, Tensor v) -> ()");
 
   // advantage
