@@ -64,6 +64,9 @@ STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
   m.def(
       "sliced_attention_forward(Tensor q, Tensor keys, Tensor values, Tensor slice_table, Tensor context_lens, "
       "Tensor cu_q, float scale, int window, float softcap) -> Tensor");
+  m.def(
+      "sliced_step(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor slice_table, "
+      "Tensor context_lens, Tensor cu_q, float scale, int window, float softcap) -> Tensor");
   m.def("arena_write(Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor k, Tensor v) -> ()");
 
   // between a decoder's matrix products, in a generation step
