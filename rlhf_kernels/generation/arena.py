@@ -111,14 +111,15 @@ class Arena:
             return
         starts, nbytes = self._layout(self.num_slices)
         with torch.inference_mode(False), torch.no_grad():
-            self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
             views = [
-                self._buffer[start : start + self.num_slices * plane]
+                buffer[start : start + self.num_slices * plane]
                 .view(self.dtype)
                 .view(self.num_slices, heads, self.slice_tokens, dim)
                 for start, plane, (heads, dim) in zip(starts, self._plane_bytes(), self._planes())
             ]
         self._keys, self._values = views[0::2], views[1::2]
+        self._buffer = buffer  # last: interrupted before, the arena is as it was
 
     def release(self) -> None:
         """Gives the bytes back; what was written is lost. The next use allocates them again."""
