@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rlhf_kernels.generation.lean import lean_modules
 from rlhf_kernels.integrations.transformers import ATTENTION, SlicedRows, check_decoder, packed_attention
 
 
@@ -41,7 +42,7 @@ class HydraForward:
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
-        with eval_mode(self.model):
+        with eval_mode(self.model), lean_modules(self.lm).applied(self.lm, self.logits):
             yield
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, packed: SlicedRows, rows: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ class PlainForward:
         for config in self._configs:
             config._attn_implementation_internal = ATTENTION
         try:
-            with eval_mode(self.lm):
+            with eval_mode(self.lm), lean_modules(self.lm).applied(self.lm, self.logits):
                 yield
         finally:
             for config, name in zip(self._configs, own):
