@@ -6,6 +6,7 @@ and to eval mode while steps run, and is given back as it was.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,20 @@ class Forward(Protocol):
         """input_ids and position_ids int64 [tokens], rows int64 [R], indices of tokens. Returns [R, vocabulary]."""
 
 
+@dataclass
+class FirstStep:
+    """A generator's first step: checks that no layer attends twice, where the arena holds one cache a layer."""
+
+    rows: SlicedRows
+    attended: set[int] = field(default_factory=set)
+
+    def attend(self, layer: int, *qkv: Tensor, **options: Any) -> Tensor:
+        if layer in self.attended:  # the second time would overwrite what the first has written
+            raise ValueError(f"model is not supported: its layer {layer} attends more than once a step")
+        self.attended.add(layer)
+        return self.rows.attend(layer, *qkv, **options)
+
+
 class HydraForward:
     """A role of a HydraModel, through its adapter."""
 
@@ -38,6 +53,7 @@ class HydraForward:
             )
         self.model, self.role = model, role
         self.lm = model.base_model(role)
+        self._checked = False
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -45,7 +61,9 @@ class HydraForward:
             yield
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, packed: SlicedRows, rows: Tensor) -> Tensor:
-        return self.model.decode(self.role, input_ids, position_ids, packed, rows)
+        out = self.model.decode(self.role, input_ids, position_ids, packed if self._checked else FirstStep(packed), rows)
+        self._checked = True
+        return out
 
 
 class PlainForward:
@@ -58,6 +76,7 @@ class PlainForward:
         AttentionInterface.register(ATTENTION, packed_attention)
         self.lm = model
         self._configs = _configs(model)
+        self._checked = False
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -78,8 +97,9 @@ class PlainForward:
             position_ids=position_ids[None],
             use_cache=False,
             logits_to_keep=rows,
-            packed=packed,
+            packed=packed if self._checked else FirstStep(packed),
         )
+        self._checked = True
         return out.logits[0]
 
 
@@ -89,13 +109,15 @@ def forward_of(model: Any, role: str) -> Forward:
         return HydraForward(model, role)
     if not (hasattr(model, "set_attn_implementation") and hasattr(model, "get_output_embeddings")):
         raise TypeError(f"model is a {type(model).__name__}; it must be a HydraModel or a transformers causal LM")
+    if not model.can_generate():
+        raise TypeError(f"model is a {type(model).__name__}, which has no language-modelling head")
     return PlainForward(model)
 
 
 @contextmanager
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     """Modules in training mode (dropout) are in eval mode inside, and back in training mode after."""
-    training = [module for module in model.modules() if module.training] if model.training else []
+    training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
