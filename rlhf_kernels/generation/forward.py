@@ -61,7 +61,9 @@ class HydraForward:
             yield
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, packed: SlicedRows, rows: Tensor) -> Tensor:
-        out = self.model.decode(self.role, input_ids, position_ids, packed if self._checked else FirstStep(packed), rows)
+        out = self.model.decode(
+            self.role, input_ids, position_ids, packed if self._checked else FirstStep(packed), rows
+        )
         self._checked = True
         return out
 
