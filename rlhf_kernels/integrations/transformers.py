@@ -67,8 +67,8 @@ def packed_attention(
     """transformers' attention signature: query [1, heads, tokens, d], key and value [1, kv heads, tokens, d]."""
     if packed is None:
         raise ValueError(
-            "packed: this model's attention runs on packed rows only; pass packed=PackedRows(...). If you did, a layer of "
-            "the model hands no keywords down to its attention, and the model is not supported"
+            "packed: this model's attention runs on packed rows only; pass packed=PackedRows(...). If you did, a layer "
+            "of the model hands no keywords down to its attention, and the model is not supported"
         )
     if attention_mask is not None:
         raise ValueError(f"model: {type(module).__name__} is not supported: it makes an attention mask of its own")

@@ -9,7 +9,7 @@ from architectures import GATED, SIZES, build
 from generation_models import NAMES, generator, greedy, model, prompts
 from torch import nn
 
-from rlhf_kernels.generation import KVBudgetError, SamplingParams, SlicedGenerator
+from rlhf_kernels.generation import KVBudgetError, SlicedGenerator
 from rlhf_kernels.nn import HydraModel, LoraSpec
 from rlhf_kernels.nn.lora import lora_layers
 
