@@ -119,6 +119,7 @@ class SlicedGenerator:
     def _run(self, forward: Forward, arena: Arena, schedule: Schedule) -> Iterator[Rollout]:
         self._check_idle()
         self._busy = True
+        self._take(arena)
         self.stats = GenerationStats()
         try:
             while schedule.core.unfinished:
@@ -184,8 +185,15 @@ class SlicedGenerator:
         if arena is None or (arena.layers, arena.dtype, arena.device) != wanted:
             self._check_idle()
             layers, dtype, device = wanted
-            self._arena = arena = Arena(layers, self.kv_memory, self.slice_tokens, dtype, device)
+            arena = Arena(layers, self.kv_memory, self.slice_tokens, dtype, device)
+            self._take(arena)
         return arena
+
+    def _take(self, arena: Arena) -> None:
+        """Makes `arena` the one that holds bytes: a stream may have been opened for a model of another shape since."""
+        if self._arena is not None and self._arena is not arena:
+            self._arena.release()
+        self._arena = arena
 
     def _check_idle(self) -> None:
         if self._busy:

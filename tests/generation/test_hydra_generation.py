@@ -6,6 +6,7 @@ from architectures import CONFIGS, build
 from torch import nn
 
 from rlhf_kernels.generation import SamplingParams, SlicedGenerator
+from rlhf_kernels.generation.arena import Arena
 from rlhf_kernels.nn import HydraModel, LoraSpec, Role
 from rlhf_kernels.nn.lora import lora_layers
 
@@ -74,19 +75,23 @@ def test_a_trained_adapter_is_used_at_once_and_the_reference_stays():
     assert gen.generate(GIVEN, greedy, role="reference") == before["reference"]
 
 
-def test_roles_on_bases_of_different_shapes_share_the_budget():
+def test_roles_on_bases_of_different_shapes_share_the_budget(monkeypatch):
     """Streams that were opened for both hold one arena at a time."""
     roles = {"actor": Role(), "other": Role(base="other")}
     model = HydraModel({"base": build("llama"), "other": build("qwen3")}, roles=roles)
-    gen, params = SlicedGenerator(model, 1 << 20), SamplingParams(max_new_tokens=4, temperature=0)
+    params = SamplingParams(max_new_tokens=4, temperature=0)
     want = [SlicedGenerator(build(name), "1MiB").generate(GIVEN, params) for name in ("llama", "qwen3")]
+    arenas, acquire = [], Arena.acquire
+    monkeypatch.setattr(Arena, "acquire", lambda arena: (arenas.append(arena), acquire(arena))[1])
+    gen = SlicedGenerator(model, 1 << 20)
+    gen.generate(GIVEN, params)
     one, two = (gen.stream(GIVEN, params, role=role) for role in roles)
-    arenas = []
     for stream, expected in ((two, want[1]), (one, want[0])):
         rollouts = sorted(stream, key=lambda r: r.prompt_index)
         assert [r.tokens for r in rollouts] == [r.tokens for r in expected]
-        arenas.append(gen._arena)
-    assert sum(arena.nbytes for arena in {id(a): a for a in arenas}.values() if arena.held) <= gen.kv_memory
+        assert sum(arena.nbytes for arena in set(arenas) if arena.held) <= gen.kv_memory
+    gen.sleep()
+    assert not any(arena.held for arena in arenas)
 
 
 def test_generating_leaves_training_as_it_was():

@@ -1,4 +1,4 @@
-"""The budget is a number of bytes, measured by PyTorch's allocator in a fresh process, not by the engine's own counts."""
+"""The budget is a number of bytes: measured by PyTorch's allocator in a fresh process, not by the engine's counts."""
 
 import json
 import os
