@@ -62,7 +62,7 @@ def measured(kv_memory: int, step_tokens: int = 32, sleeps: bool = True) -> dict
 @pytest.mark.slow
 def test_the_allocators_peak_grows_by_the_budget_and_by_nothing_else():
     """What a step needs besides (activations, logits) is the same at every budget, and small here."""
-    found = {budget: measured(budget) for budget in (5 * MIB, 2 * MIB, 7 * SLICE)}
+    found = {budget: measured(budget) for budget in (5 * MIB, MIB, 7 * SLICE)}
     for budget, run in found.items():
         assert run["largest"] <= budget  # the arena itself
         assert budget - SLICE <= run["peak"] <= budget + 4 * SLICE
