@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rlhf_kernels.generation.lean import lean_modules
 from rlhf_kernels.integrations.transformers import ATTENTION, SlicedRows, check_decoder, packed_attention
 
 
@@ -35,13 +36,32 @@ class FirstStep:
     attended: set[int] = field(default_factory=set)
 
     def attend(self, layer: int, *qkv: Tensor, **options: Any) -> Tensor:
+        self._count(layer)
+        return self.rows.attend(layer, *qkv, **options)
+
+    def rotate_and_attend(self, layer: int, *qkv: Tensor, **options: Any) -> Tensor:
+        self._count(layer)
+        return self.rows.rotate_and_attend(layer, *qkv, **options)
+
+    def _count(self, layer: int) -> None:
         if layer in self.attended:  # the second time would overwrite what the first has written
             raise ValueError(f"model is not supported: its layer {layer} attends more than once a step")
         self.attended.add(layer)
-        return self.rows.attend(layer, *qkv, **options)
 
 
-class HydraForward:
+class FirstStepChecked:
+    """A forward whose first step of a generator's own (not a probe's, whose layers attend in several ways) is checked."""
+
+    _checked = False
+
+    def _rows(self, packed: SlicedRows) -> SlicedRows | FirstStep:
+        if self._checked or type(packed) is not SlicedRows:
+            return packed
+        self._checked = True
+        return FirstStep(packed)
+
+
+class HydraForward(FirstStepChecked):
     """A role of a HydraModel, through its adapter."""
 
     def __init__(self, model: Any, role: str) -> None:
@@ -53,22 +73,17 @@ class HydraForward:
             )
         self.model, self.role = model, role
         self.lm = model.base_model(role)
-        self._checked = False
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
-        with eval_mode(self.model):
+        with eval_mode(self.model), lean_modules(self.lm).applied(self.lm, self.logits):
             yield
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, packed: SlicedRows, rows: Tensor) -> Tensor:
-        out = self.model.decode(
-            self.role, input_ids, position_ids, packed if self._checked else FirstStep(packed), rows
-        )
-        self._checked = True
-        return out
+        return self.model.decode(self.role, input_ids, position_ids, self._rows(packed), rows)
 
 
-class PlainForward:
+class PlainForward(FirstStepChecked):
     """A transformers causal LM whose own attention implementation returns between steps."""
 
     def __init__(self, model: Any) -> None:
@@ -78,7 +93,6 @@ class PlainForward:
         AttentionInterface.register(ATTENTION, packed_attention)
         self.lm = model
         self._configs = _configs(model)
-        self._checked = False
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -87,7 +101,7 @@ class PlainForward:
         for config in self._configs:
             config._attn_implementation_internal = ATTENTION
         try:
-            with eval_mode(self.lm):
+            with eval_mode(self.lm), lean_modules(self.lm).applied(self.lm, self.logits):
                 yield
         finally:
             for config, name in zip(self._configs, own):
@@ -99,9 +113,8 @@ class PlainForward:
             position_ids=position_ids[None],
             use_cache=False,
             logits_to_keep=rows,
-            packed=packed if self._checked else FirstStep(packed),
+            packed=self._rows(packed),
         )
-        self._checked = True
         return out.logits[0]
 
 

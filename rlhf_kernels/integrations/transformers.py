@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from rlhf_kernels.ops.attention import sliced_attention, varlen_attention
+from rlhf_kernels.ops.attention import native, sliced_attention, varlen_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +49,28 @@ class SlicedRows:
         places = self.slice_table, self.context_lens, self.cu_q
         # autocast may bring q in another dtype than the model's own, which the arena has
         return sliced_attention(q.to(self.arena.dtype), self.arena, layer, *places, **options).to(q.dtype)
+
+    def rotate_and_attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """`attend` after the rotary embedding of q (where it lies) and k by cos and sin [tokens, rotated dims].
+
+        For the CPU's own kernels, whose dtype and layout everything has already; the ops check what they read.
+        """
+        keys, values = self.arena.keys[layer], self.arena.values[layer]
+        torch.ops.rlhf_kernels.rotate_write(q, k, v, cos, sin, keys, values, self.slots)
+        scale = q.shape[2] ** -0.5 if scale is None else scale
+        places = self.slice_table, self.context_lens, self.cu_q
+        return native.sliced_attention(q, keys, values, *places, scale, window or 0, softcap or 0.0)
 
 
 def packed_attention(
