@@ -181,6 +181,7 @@ class Sampler {
     share_masses(share_.sum(equals));
     if (rank >= before_ && rank - before_ < own_) {
       share_.place(rank - before_, equals, [&](int column) {
+#pragma unroll 1
         for (int block = 0; block < exchange_.cluster.blocks; ++block) exchange_.tell_as(0, 0, column, block);
       });
     }

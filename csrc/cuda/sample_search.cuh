@@ -38,6 +38,7 @@ struct Exchange {
   __device__ uint64_t heard(int slot, int rank) const { return slots.value[turn ^ 1][slot][rank]; }
   __device__ uint64_t heard_sum(int slot) const {
     uint64_t sum = 0;
+#pragma unroll 1
     for (int rank = 0; rank < cluster.blocks; ++rank) sum += heard(slot, rank);
     return sum;
   }
@@ -106,6 +107,7 @@ __device__ inline int find_digit(const Bins& bins, const Goal& goal, Exchange& e
                                  Amount& there) {
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, warps = int(blockDim.x) / 32;
   const int blocks = exchange.cluster.blocks;
+#pragma unroll 1
   for (int group = warp; group < kGroups; group += warps) {
     const int one = group * kGroup + lane, two = one + 32;
     const Amount sum = warp_sum({uint64_t(bins.count[one]) + bins.count[two], bins.mass(one) + bins.mass(two)});
@@ -116,12 +118,14 @@ __device__ inline int find_digit(const Bins& bins, const Goal& goal, Exchange& e
   if (lane < kGroups) own = {exchange.heard_sum(lane), exchange.heard_sum(kGroup + lane)};
   const int group = first_to_reach(goal, own, before, there);
   if (group < 0) return -1;
+#pragma unroll 1
   for (int i = threadIdx.x; i < kGroup * blocks; i += blockDim.x) {
     const int slot = i % kGroup, bin = group * kGroup + slot;
     exchange.tell(slot, bins.count[bin], i / kGroup);
     exchange.tell(kGroup + slot, bins.mass(bin), i / kGroup);
   }
   exchange.meet();
+#pragma unroll 1
   for (int half = 0; half < kGroup; half += 32) {
     own = {exchange.heard_sum(half + lane), exchange.heard_sum(kGroup + half + lane)};
     const int place = first_to_reach(goal, own, before, there);

@@ -125,6 +125,11 @@ def test_parameters_out_of_range_are_nan_in_their_row_alone(through, monkeypatch
             assert token[1] == 0
             alone = through(logits[[0, 2]], **{**KEYS, name: row[[0, 2]]})
             assert torch.equal(alone[0], token[[0, 2]])
+            with monkeypatch.context() as patch:
+                patch.setattr(registry, "choose", lambda op, tensor: "naive")
+                defined = sample(logits, **{**KEYS, name: row})
+            assert torch.equal(defined[0], token)
+            assert torch.equal(defined[1].isnan(), logprob.isnan())
 
 
 @pytest.mark.parametrize("gap", [1e-3, 1.0, 12.0, 40.0, 80.0, 100.0])

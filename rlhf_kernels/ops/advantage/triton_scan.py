@@ -111,10 +111,11 @@ def _two(factor: float) -> tuple[float, float]:
 def _launch(kernel: Any, *tensors: Tensor | None, starts: Tensor, gamma: float, lam: float) -> None:
     sequences, first = starts.shape[0] - 1, tensors[0]
     assert first is not None
+    read = [x.view(torch.uint8) if x is not None and x.dtype == torch.bool else x for x in tensors]
     if sequences > 0:
         with device_of(first):
             kernel[(sequences,)](
-                *tensors, first.numel(), *_two(gamma), *_two(gamma * lam), BLOCK=BLOCK, num_warps=WARPS
+                *read, first.numel(), *_two(gamma), *_two(gamma * lam), BLOCK=BLOCK, num_warps=WARPS
             )  # fmt: skip
 
 
@@ -149,7 +150,7 @@ def shipped(arch: str) -> list[Shipped]:
         for dtype in ("fp32", "fp64"):
             for masked in (False, True):
                 constants = {"BLOCK": BLOCK} | ({} if masked else {"mask_ptr": None})
-                types = {"mask_ptr": "*i1", "starts_ptr": "*i64", "size": "i32"}
+                types = {"mask_ptr": "*u8", "starts_ptr": "*i64", "size": "i32"}
                 types |= {f"{name}_{part}": "fp32" for name in ("gamma", "decay") for part in ("high", "low")}
                 signature = {n: types.get(n, f"*{dtype}") for n in kernel.arg_names if n not in constants}
                 found.append(
