@@ -54,7 +54,7 @@ def test_weights_are_the_definitions_to_the_bit(kernels):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "v"), [(40, 1), (40, 2), (150, 123), (40, 5003), (10, 9001), (6, 33001)])
+@pytest.mark.parametrize(("n", "v"), [(9, 1), (9, 2), (60, 123), (20, 5003), (9, 9001), (3, 33001)])
 def test_tokens_are_the_definitions(kernels, n, v, dtype):
     logits, parameters = mixed_rows(n, v, seed=v)
     agrees(kernels, logits.to(dtype), as_rows(parameters))
@@ -68,38 +68,38 @@ def test_tokens_are_the_definitions_over_large_vocabularies(kernels, n, v, dtype
     agrees(kernels, logits.to(dtype), as_rows({**parameters, "temperature": parameters["temperature"] * 8}))
 
 
-@pytest.mark.parametrize("v", [700, 20000])
+@pytest.mark.parametrize("v", [700, 9001])
 @pytest.mark.parametrize("filters", [
     {}, {"top_k": 1}, {"top_k": 300}, {"top_k": 10**9}, {"top_p": 0.3}, {"top_p": 0.0}, {"top_p": 1 - 1e-12},
     {"min_p": 0.01}, {"min_p": 1.0}, {"top_k": 500, "top_p": 0.5}, {"top_k": 60, "top_p": 0.97, "min_p": 0.3},
 ], ids=str)  # fmt: skip
 def test_ties_in_all_blocks_are_kept_by_index(kernels, v, filters):
-    n = 6
+    n = 4
     steps = torch.randint(0, 4, (n, v)).float()
     steps[0] = 0.0  # all equal
     parameters = {"temperature": torch.rand(n) + 0.5, "greedy": torch.zeros(n, dtype=torch.bool)}
     parameters |= {name: torch.randint(0, 2**31, (n,)) for name in ("seed", "stream", "sample_index", "position")}
     parameters["top_k"] = torch.full((n,), filters.get("top_k", 0))
     parameters |= {k: torch.full((n,), filters.get(k, off)) for k, off in (("top_p", 1.0), ("min_p", 0.0))}
-    for _ in range(3):
+    for _ in range(2):
         parameters["position"] += 1
         agrees(kernels, steps, as_rows(parameters))
 
 
 def test_tokens_too_unlikely_to_weigh_anything_do_not_end_a_search(kernels):
-    logits, parameters = mixed_rows(30, 9001, seed=3)
+    logits, parameters = mixed_rows(12, 9001, seed=3)
     far = {
         **parameters,
-        "temperature": torch.full((30,), 1e-3),
-        "top_k": torch.arange(30) * 300,
+        "temperature": torch.full((12,), 1e-3),
+        "top_k": torch.arange(12) * 700,
         "greedy": logits[:, 0] > INF,
     }
     agrees(kernels, logits, as_rows(far))
-    flat = {**far, "temperature": torch.full((30,), 1e30), "min_p": torch.zeros(30)}  # u is subnormal
+    flat = {**far, "temperature": torch.full((12,), 1e30), "min_p": torch.zeros(12)}  # u is subnormal
     agrees(kernels, logits.nan_to_num(neginf=-8.0), as_rows(flat))
 
 
-@pytest.mark.parametrize("v", [300, 20000])
+@pytest.mark.parametrize("v", [300, 9001])
 @pytest.mark.parametrize("parameters", [{}, {"greedy": True}, {"top_k": 2, "top_p": 0.5, "min_p": 0.1}], ids=str)
 def test_rows_without_a_distribution_give_token_zero_and_nan(through, v, parameters):
     logits = torch.randn(7, v)
@@ -145,20 +145,20 @@ def test_logprob_keeps_its_digits_at_both_ends(through, gap):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_has_the_same_bits_wherever_it_lies_and_beside_any_other(kernels, dtype):
-    logits, parameters = mixed_rows(12, 17001, seed=5)
+    logits, parameters = mixed_rows(8, 9001, seed=5)
     rows = as_rows(parameters)
-    memory = torch.zeros(12, 17011, dtype=dtype)
-    memory[:, 3:17004] = logits
-    strided = memory[:, 3:17004]
+    memory = torch.zeros(8, 9011, dtype=dtype)
+    memory[:, 3:9004] = logits
+    strided = memory[:, 3:9004]
     first, second = kernels.sample_rows(strided.contiguous(), *rows), kernels.sample_rows(strided, *rows)
-    order = torch.randperm(12)
+    order = torch.randperm(8)
     third = kernels.sample_rows(strided[order], *(x[order] for x in rows))
     for one, two, three in zip(first, second, third):
         assert torch.equal(one.view(torch.uint8), two.view(torch.uint8))
         assert torch.equal(one[order].view(torch.uint8), three.view(torch.uint8))
 
 
-@pytest.mark.parametrize("v", [700, 20000])
+@pytest.mark.parametrize("v", [700, 9001])
 def test_no_result_depends_on_the_order_in_which_threads_run(kernels, v):
     logits, parameters = mixed_rows(12, v, seed=6)
     forwards = kernels.sample_rows(logits, *as_rows(parameters))
@@ -192,13 +192,12 @@ def exact(value):  # ends where its memory ends
     return torch.frombuffer(memory, dtype=value.dtype).view(value.shape).copy_(value)
 for clusters in (True, False):
     kernels = HostSampling(library, clusters)
-    for v in (1, 123, 1021, 17001):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            n = 3
-            rows = [torch.ones(n), torch.tensor([0, 9, v]), torch.tensor([1.0, 0.7, 0.2]).double()]
-            rows += [torch.tensor([3.0, 2.0, float("inf")])] + [torch.arange(n)] * 4
-            rows += [torch.tensor([False, False, True])]
-            kernels.sample_rows(exact(torch.randn(n, v).to(dtype)), *(exact(x) for x in rows))
+    for v, dtype in ((1, torch.float32), (123, torch.float16), (1021, torch.bfloat16), (9001, torch.float32)):
+        n = 3
+        rows = [torch.ones(n), torch.tensor([0, 9, v]), torch.tensor([1.0, 0.7, 0.2]).double()]
+        rows += [torch.tensor([3.0, 2.0, float("inf")])] + [torch.arange(n)] * 4
+        rows += [torch.tensor([False, False, True])]
+        kernels.sample_rows(exact(torch.randn(n, v).to(dtype)), *(exact(x) for x in rows))
 print("ended")
 """
     done = cuda_host.run_sanitized("cuda_sample_on_host.cpp", code)

@@ -144,23 +144,22 @@ def gae_backward(
 
 
 def shipped(arch: str) -> list[Shipped]:
-    """Both kernels with and without a mask, in fp32 and fp64."""
-    found = []
-    for kernel, named in ((gae_kernel, "gae"), (gae_backward_kernel, "gae backward")):
-        for dtype in ("fp32", "fp64"):
-            for masked in (False, True):
-                constants = {"BLOCK": BLOCK} | ({} if masked else {"mask_ptr": None})
-                types = {"mask_ptr": "*u8", "starts_ptr": "*i64", "size": "i32"}
-                types |= {f"{name}_{part}": "fp32" for name in ("gamma", "decay") for part in ("high", "low")}
-                signature = {n: types.get(n, f"*{dtype}") for n in kernel.arg_names if n not in constants}
-                found.append(
-                    Shipped(
-                        name=f"{named} ({dtype}{', mask' if masked else ''})",
-                        kernel=kernel,
-                        signature=signature,
-                        constexprs=constants,
-                        num_warps=WARPS,
-                        divisible=tuple(n for n in signature if n.endswith("_ptr")),
-                    )
-                )
-    return found
+    """Both kernels in fp32 with and without a mask, and in fp64."""
+    kernels = ((gae_kernel, "gae"), (gae_backward_kernel, "gae backward"))
+    configurations = (("fp32", False), ("fp32", True), ("fp64", True))
+    return [_shipped(*kernel, *configuration) for kernel in kernels for configuration in configurations]
+
+
+def _shipped(kernel: Any, named: str, dtype: str, masked: bool) -> Shipped:
+    constants = {"BLOCK": BLOCK} | ({} if masked else {"mask_ptr": None})
+    types = {"mask_ptr": "*u8", "starts_ptr": "*i64", "size": "i32"}
+    types |= {f"{name}_{part}": "fp32" for name in ("gamma", "decay") for part in ("high", "low")}
+    signature = {n: types.get(n, f"*{dtype}") for n in kernel.arg_names if n not in constants}
+    return Shipped(
+        name=f"{named} ({dtype}{', mask' if masked else ''})",
+        kernel=kernel,
+        signature=signature,
+        constexprs=constants,
+        num_warps=WARPS,
+        divisible=tuple(n for n in signature if n.endswith("_ptr")),
+    )

@@ -100,14 +100,13 @@ def whiten(x: Tensor, mask: Tensor, moments: Tensor, epsilon: float, shift_mean:
 
 
 def shipped(arch: str) -> list[Shipped]:
-    """The three kernels; those that read x, in each of its dtypes."""
+    """The three kernels; those that read x, of fp32 and of bf16."""
     found = [_shipped("whiten join", join_kernel, {"RUNS": MOST_RUNS}, {}, warps=4)]
-    for dtype in ("fp32", "bf16", "fp16", "fp64"):
-        own = {"x_ptr": f"*{dtype}", "out_ptr": "*fp64" if dtype == "fp64" else "*fp32"}
+    for dtype, shift in (("fp32", True), ("bf16", False)):
+        own = {"x_ptr": f"*{dtype}", "out_ptr": "*fp32"}
+        name = f"whiten ({dtype}{'' if shift else ', mean kept'})"
         found.append(_shipped(f"whiten moments ({dtype})", moments_kernel, {"BLOCK": BLOCK}, own, WARPS))
-        for shift in (True, False):
-            name = f"whiten ({dtype}{'' if shift else ', mean kept'})"
-            found.append(_shipped(name, whiten_kernel, {"SHIFT": shift, "BLOCK": BLOCK}, own, WARPS))
+        found.append(_shipped(name, whiten_kernel, {"SHIFT": shift, "BLOCK": BLOCK}, own, WARPS))
     return found
 
 
