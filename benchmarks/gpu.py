@@ -75,6 +75,7 @@ def stages(out: Path, benchmarks: Sequence[str]) -> list[Stage]:
         sanitized("initcheck head", "initcheck", 25, "head", "--kernel-regex", "kns=head_"),
         sanitized("initcheck logprob", "initcheck", 25, "logprob", "--kernel-regex", "kns=logprob_rows"),
         sanitized("initcheck lora", "initcheck", 25, "lora", "--kernel-regex", "kns=lora_|shrink|expand|outer"),
+        sanitized("initcheck others", "initcheck", 25, "others", "--kernel-regex", "kns=sample_|gae|whiten|moments"),
         *(_benchmark(name, out) for name in benchmarks),
     ]
 
