@@ -83,24 +83,32 @@ struct Bounds {
 };
 constexpr Bounds kFirstBounds{{1.0f, 3.0f, 8.0f, 20.0f}};  // of u: e^-20 is next to nothing even 2^22 times
 
-struct Below {  // how many tokens lie below each bound, and roughly their mass
-  int64_t count[kBounds] = {};
-  double mass[kBounds] = {};
+struct Below {  // how many tokens lie below each bound, or roughly their mass
+  double sum[kBounds] = {};
 };
 
-CLONES void block_below(const float* u, const float* w, const Bounds& bounds, Below& below) {
-  int32_t c0 = 0, c1 = 0, c2 = 0, c3 = 0;
-  float m0 = 0, m1 = 0, m2 = 0, m3 = 0;
-  const float b0 = bounds.at[0], b1 = bounds.at[1], b2 = bounds.at[2], b3 = bounds.at[3];
-#pragma omp simd reduction(+ : c0, c1, c2, c3, m0, m1, m2, m3)
-  for (int64_t i = 0; i < kBlock; ++i) {
-    c0 += u[i] < b0, m0 += u[i] < b0 ? w[i] : 0.0f;
-    c1 += u[i] < b1, m1 += u[i] < b1 ? w[i] : 0.0f;
-    c2 += u[i] < b2, m2 += u[i] < b2 ? w[i] : 0.0f;
-    c3 += u[i] < b3, m3 += u[i] < b3 ? w[i] : 0.0f;
+CLONES void block_count(const float* u, const Bounds& bounds, Below& below) {
+  int32_t n[kBounds];
+  for (int b = 0; b < kBounds; ++b) {
+    int32_t sum = 0;
+    const float bound = bounds.at[b];
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < kBlock; ++i) sum += u[i] < bound;
+    n[b] = sum;
   }
-  below.count[0] += c0, below.count[1] += c1, below.count[2] += c2, below.count[3] += c3;
-  below.mass[0] += m0, below.mass[1] += m1, below.mass[2] += m2, below.mass[3] += m3;
+  for (int b = 0; b < kBounds; ++b) below.sum[b] += n[b];
+}
+
+CLONES void block_weigh(const float* u, const float* w, const Bounds& bounds, Below& below) {
+  float m[kBounds];
+  for (int b = 0; b < kBounds; ++b) {
+    float sum = 0.0f;
+    const float bound = bounds.at[b];
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < kBlock; ++i) sum += u[i] < bound ? w[i] : 0.0f;
+    m[b] = sum;
+  }
+  for (int b = 0; b < kBounds; ++b) below.sum[b] += m[b];
 }
 
 // The exact number and mass of the tokens below a bound, added to count and mass.

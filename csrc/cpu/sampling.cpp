@@ -61,6 +61,7 @@ struct Tokens {
         w.resize(size_t((count + 1) * kBlock));  // one more: lists are cut to blocks
   }
   const float* u_of(int64_t b) const { return u.data() + b * kBlock; }
+  const float* w_of(int64_t b) const { return w.data() + b * kBlock; }
   float* w_of(int64_t b) { return w.data() + b * kBlock; }
 };
 
@@ -105,18 +106,20 @@ struct Range {
 };
 
 // Masses are rough here: a bound counts only where it leaves no doubt.
-void narrow(const Tokens& tokens, int64_t goal, bool by_mass, Bounds bounds, Range& range) {
-  constexpr double kDoubt = 1e-4;
+void narrow(const Tokens& tokens, int64_t goal, bool by_mass, const Bounds& bounds, Range& range) {
+  const double doubt = by_mass ? 1e-4 : 0.0, unit = by_mass ? kOne : 1.0;
   Below below;
   for (int64_t b = 0; b < tokens.blocks; ++b) {
-    block_below(tokens.u_of(b), tokens.w.data() + b * kBlock, bounds, below);
+    if (by_mass) {
+      block_weigh(tokens.u_of(b), tokens.w_of(b), bounds, below);
+    } else {
+      block_count(tokens.u_of(b), bounds, below);
+    }
   }
   for (int i = 0; i < kBounds; ++i) {
-    const double mass = below.mass[i] * kOne;
-    const bool enough = by_mass ? mass * (1.0 - kDoubt) >= double(goal) : below.count[i] >= goal;
-    const bool short_of = by_mass ? mass * (1.0 + kDoubt) < double(goal) : below.count[i] < goal;
-    if (enough) range.high = std::min(range.high, bounds.at[i]);
-    if (short_of) range.low = std::max(range.low, bounds.at[i]);
+    const double sum = below.sum[i] * unit;
+    if (sum * (1.0 - doubt) >= double(goal)) range.high = std::min(range.high, bounds.at[i]);
+    if (sum * (1.0 + doubt) < double(goal)) range.low = std::max(range.low, bounds.at[i]);
   }
 }
 
