@@ -195,14 +195,18 @@ LEAF void find_rows(const KeyRows<T>& keys, int64_t first, int64_t count, const 
   for (; j < BLOCK; ++j) k[j] = v[j] = zeros;
 }
 
-// Packs 32 keys [width] as columns: to[word * 32 + key].
+// Packs 32 keys [width] as columns, to[word * 32 + key]; between times calls for the next block, which may lie in other
+// slices, where no hardware prefetch would go.
 template <typename Unit, typename T>
-TILE void pack_keys(const T* const* k, const T* const* ahead, int64_t width, float* to) {
+TILE void pack_keys(const T* const* k, const T* const* next_k, const T* const* next_v, int64_t width, float* to) {
   constexpr int64_t STEP = 16 * Unit::PER_WORD;
   for (int64_t half = 0; half < BLOCK; half += 16) {
     int64_t c = 0;
     for (; c + STEP <= width; c += STEP) {
-      for (int64_t j = 0; j < 16; ++j) __builtin_prefetch(ahead[half + j] + c);
+      for (int64_t j = half; j < half + 16; ++j) {
+        __builtin_prefetch(next_k[j] + c);
+        if (Unit::PER_WORD == 1) __builtin_prefetch(next_v[j] + c);  // pairs: as values are packed
+      }
       transpose_16x16<typename Unit::Lanes>(k + half, c, to + c / Unit::PER_WORD * BLOCK + half, BLOCK);
     }
     if (c == width) continue;
@@ -271,7 +275,7 @@ LEAF void forward_job(const ForwardJob<T>& job, const ForwardJob<T>* next, float
       } else if (after) {
         find_rows(after->keys, after->begin, after->end - after->begin, nothing, places.k[ahead], places.v[ahead]);
       }
-      pack_keys<Unit>(places.k[now], places.k[ahead], options.d, keys);
+      pack_keys<Unit>(places.k[now], places.k[ahead], places.v[ahead], options.d, keys);
       Unit::pack_values(places.v[now], places.v[ahead], here, options.dv, values, block.values);
       places.now = ahead;
       block.first = first, block.words = (here + Unit::PER_WORD - 1) / Unit::PER_WORD;

@@ -77,11 +77,6 @@ LEAF void transpose_16x16(const T* const* rows, int64_t start, float* to, int64_
 #endif
 }
 
-template <typename T>
-LEAF void prefetch_row(const T* row, int64_t width) {
-  for (int64_t c = 0; c < width; c += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + c);
-}
-
 struct Mask {  // which of 16 keys from `first` on a query at `position` sees
   int64_t first, window;
   LEAF_METHOD f16 apply(float position, f16 seen, f16 otherwise) const {

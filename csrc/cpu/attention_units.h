@@ -27,15 +27,13 @@ struct Floats {
 
   // The rows of up to 32 values: in place if they can be.
   template <typename T>
-  LEAF void pack_values(const T* const* v, const T* const* ahead, int64_t count, int64_t dv, float* packed,
+  LEAF void pack_values(const T* const* v, const T* const*, int64_t count, int64_t dv, float* packed,
                         const float** rows) {
     const bool in_place = sizeof(T) == sizeof(float) && dv % COLUMNS == 0;
     for (int64_t j = 0; j < count; ++j) {
-      prefetch_row(ahead[j], dv);
       rows[j] = in_place ? reinterpret_cast<const float*>(v[j]) : packed + j * padded(dv);
       if (!in_place) widen_row(v[j], dv, 1.0f, packed + j * padded(dv));
     }
-    for (int64_t j = count; j < BLOCK; ++j) prefetch_row(ahead[j], dv);
   }
 
   template <typename T>
@@ -79,18 +77,17 @@ struct Pairs {
     return (h32)_mm512_maskz_loadu_epi16((1u << columns) - 1, from);
   }
 
-  LEAF void pack_values(const bf16_bits* const* v, const bf16_bits* const* ahead, int64_t count, int64_t dv,
-                        float* packed, const float** rows) {
+  // Pairs of values, a column of 32 (a cache line) after the other; meanwhile the next block's are called for.
+  LEAF void pack_values(const bf16_bits* const* v, const bf16_bits* const* ahead, int64_t, int64_t dv, float* packed,
+                        const float** rows) {
     const int64_t width = padded(dv, COLUMNS);
-    for (int64_t j = 0; j < BLOCK; j += 2) {
-      prefetch_row(ahead[j], dv), prefetch_row(ahead[j + 1], dv);
-      float* to = packed + j / 2 * width;
-      rows[j / 2] = to;
-      if (j >= count) continue;
-      for (int64_t c = 0; c < dv; c += COLUMNS) {
+    for (int64_t j = 0; j < BLOCK / 2; ++j) rows[j] = packed + j * width;
+    for (int64_t c = 0; c < dv; c += COLUMNS) {
+      for (int64_t j = 0; j < BLOCK; j += 2) {
         const __m512i x = (__m512i)read_values(v[j] + c, dv - c), y = (__m512i)read_values(v[j + 1] + c, dv - c);
-        store(to + c, (f16)_mm512_unpacklo_epi16(x, y));
-        store(to + c + 16, (f16)_mm512_unpackhi_epi16(x, y));
+        __builtin_prefetch(ahead[j] + c), __builtin_prefetch(ahead[j + 1] + c);
+        store(packed + j / 2 * width + c, (f16)_mm512_unpacklo_epi16(x, y));
+        store(packed + j / 2 * width + c + 16, (f16)_mm512_unpackhi_epi16(x, y));
       }
     }
   }
