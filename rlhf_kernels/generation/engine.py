@@ -157,6 +157,7 @@ class SlicedGenerator:
         self._check_idle()
         # No flag to be taken back: a generator that has raised, ended or been dropped is idle by itself.
         self._stream = opened[0]
+        self._take(arena)
         self.stats = GenerationStats(seconds=schedule.seconds, host_seconds=schedule.seconds)
         core = schedule.core
         while core.unfinished:
@@ -235,10 +236,19 @@ class SlicedGenerator:
         if arena is None or (arena.layers, arena.dtype, arena.device) != wanted:
             self._check_idle()
             layers, dtype, device = wanted
-            self._graphs.clear()
-            self._buffers = StepBuffers(device)
-            self._arena = arena = Arena(layers, self.kv_memory, self.slice_tokens, dtype, device)
+            arena = Arena(layers, self.kv_memory, self.slice_tokens, dtype, device)
+            self._take(arena)
         return arena
+
+    def _take(self, arena: Arena) -> None:
+        """Makes `arena` the one that holds bytes: a stream may have been opened for a model of another shape since."""
+        if self._arena is arena:
+            return
+        if self._arena is not None:
+            self._arena.release()
+        self._graphs.clear()
+        self._buffers = StepBuffers(arena.device)
+        self._arena = arena
 
     def _check_idle(self) -> None:
         stream = self._stream()

@@ -109,6 +109,68 @@ def sliced_attention(
 
     Source: Kwon et al., 2023 (PagedAttention); softcap: Gemma 2, 2024.
     """
+    keys, values = _check_sliced(q, arena, layer, slice_table, context_lens, cu_q)
+    options = _options(q.shape[2], scale, window, softcap)
+    q = q.detach() if q.requires_grad else q
+    if registry.choose("sliced_attention", q) == "naive":
+        return _sliced(q, keys, values, slice_table, context_lens, cu_q, *options)
+    if torch.compiler.is_compiling():
+        return native.sliced_attention(q, keys, values, slice_table, context_lens, cu_q, *options)
+    try:
+        return native.sliced_attention(q, keys, values, slice_table, context_lens, cu_q, *options)
+    except RuntimeError:
+        _check_slices(keys, q.shape[0], slice_table, context_lens, cu_q)
+        raise
+
+
+def sliced_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    arena: "Arena",
+    layer: int,
+    slots: Tensor,
+    slice_table: Tensor,
+    context_lens: Tensor,
+    cu_q: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """A layer's whole step: `arena.write(layer, slots, k, v)`, then `sliced_attention`; on the CPU in one op.
+
+    Everything is written before anything is read: a sequence may read slices that another writes in this step.
+
+    Args:
+        q, arena, layer, slice_table, context_lens, cu_q, scale, window, softcap: as in `sliced_attention`.
+        k: [tokens, kv_heads, d];  v: [tokens, kv_heads, dv]: this step's tokens, in the arena's dtype; any strides.
+        slots: int64 [tokens]: the place in the arena (slice * slice_tokens + offset) each token is written to.
+
+    Returns, raises: as `arena.write` and `sliced_attention`; values are checked as they are read, so what is wrong with
+        the slice table is found after the keys are written.
+    """
+    native_one = k.dtype == v.dtype == arena.dtype and registry.choose("sliced_step", q) == "native"
+    if not native_one or q.requires_grad or k.requires_grad or v.requires_grad:
+        arena.write(layer, slots, k, v)
+        return sliced_attention(
+            q, arena, layer, slice_table, context_lens, cu_q, scale=scale, window=window, softcap=softcap
+        )
+    keys, values = _check_sliced(q, arena, layer, slice_table, context_lens, cu_q)
+    arena.check_rows(layer, slots, k, v)
+    options = _options(q.shape[2], scale, window, softcap)
+    try:
+        return native.sliced_step(q, k, v, keys, values, slots, slice_table, context_lens, cu_q, *options)
+    except RuntimeError:
+        arena.check_slots(slots)
+        _check_slices(keys, q.shape[0], slice_table, context_lens, cu_q)
+        raise
+
+
+def _check_sliced(
+    q: Tensor, arena: "Arena", layer: int, slice_table: Tensor, context_lens: Tensor, cu_q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The layer's keys and values, after what can be checked without reading values."""
     _check_rows("q", q, 3)
     if not 0 <= layer < len(arena.layers):
         raise IndexError(f"layer is {layer}; the arena has layers 0 to {len(arena.layers) - 1}")
@@ -126,17 +188,7 @@ def sliced_attention(
         raise ValueError(f"context_lens has {context_lens.shape[0]} entries; slice_table has {sequences} sequences")
     if cu_q.shape[0] != sequences + 1:
         raise ValueError(f"cu_q has {cu_q.shape[0]} entries; {sequences} sequences need {sequences + 1}")
-    options = _options(q.shape[2], scale, window, softcap)
-    q = q.detach() if q.requires_grad else q
-    if registry.choose("sliced_attention", q) == "naive":
-        return _sliced(q, keys, values, slice_table, context_lens, cu_q, *options)
-    if torch.compiler.is_compiling():
-        return native.sliced_attention(q, keys, values, slice_table, context_lens, cu_q, *options)
-    try:
-        return native.sliced_attention(q, keys, values, slice_table, context_lens, cu_q, *options)
-    except RuntimeError:
-        _check_slices(keys, q.shape[0], slice_table, context_lens, cu_q)
-        raise
+    return keys, values
 
 
 def _check_rows(name: str, x: Tensor, dims: int, like: Tensor | None = None) -> None:
