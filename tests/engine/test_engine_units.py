@@ -14,7 +14,11 @@ SANITIZED = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
-@pytest.mark.parametrize("flags", [["-Wall", "-Wextra", "-Werror"], SANITIZED], ids=["plain", "sanitized"])
+@pytest.mark.parametrize(
+    "flags",
+    [["-Wall", "-Wextra", "-Werror"], pytest.param(SANITIZED, marks=pytest.mark.slow)],
+    ids=["plain", "sanitized"],
+)
 def test_pool_tree_scheduler_and_packed_step(flags, tmp_path):
     program = tmp_path / "units"
     command = ["g++", "-std=c++20", "-O1", "-Icsrc", *flags, *SOURCES, "-o", str(program)]

@@ -1,5 +1,7 @@
 """The scheduler does, step by step, what its rules say; and nobody starves, whoever comes after."""
 
+import time
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -114,3 +116,27 @@ def test_the_arena_is_kept_full_while_many_wait():
         commit(core, step, made, ends)
     assert np.mean(used) > 0.85
     assert core.recomputed_tokens < 0.15 * (core.prompt_tokens_computed + core.generated_tokens)
+
+
+def fastest_step(queued: int) -> float:
+    """Seconds of the quickest of many steps, planned, packed and committed, with `queued` sequences in all."""
+    core = _engine.Scheduler(64, 4, 16, 64)
+    rule = core.add_rule([EOS], [])
+    for i in range(queued):
+        core.add(np.array([1 + i, 2, 3, 4, 5, 6], np.int32), 12, rule)
+    column = np.zeros(queued)
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "stream", "sample_index", "greedy")
+    core.set_draws(**dict.fromkeys(names, column))
+    buffer, times = np.zeros(1 << 16, np.uint8), []
+    for _ in range(120):
+        start = time.perf_counter()
+        sizes = core.plan().sizes
+        core.pack(buffer, *sizes)
+        for number in core.commit(np.ones(sizes[4], np.int64), np.zeros(sizes[4], np.float32)):
+            core.take(number)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def test_a_step_costs_the_same_however_many_wait():
+    assert fastest_step(50_000) < 4 * fastest_step(400)  # work for each of them would be a hundred times as much
