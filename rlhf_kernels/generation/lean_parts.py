@@ -34,10 +34,13 @@ class Part:
     def __init__(self, module: nn.Module, inner: Sequence[nn.Module] = ()) -> None:
         self.module, self.inner = module, tuple(inner)
         self._children = list(module._modules.values())
+        self._kinds = [type(m) for m in (module, *inner)]
 
     def current(self) -> bool:
-        """Whether the module still has the children it was made for."""
-        return all(map(is_, self._children, self.module._modules.values()))
+        """Whether the module still has the children it was made for, of the kinds it was made for (a parametrization
+        changes a module's class)."""
+        children = map(is_, self._children, self.module._modules.values())
+        return all(children) and all(map(is_, self._kinds, map(type, (self.module, *self.inner))))
 
     def variants(self) -> Sequence[Any]:
         """Ways it may have to work; `choose` takes the one that proves right."""
