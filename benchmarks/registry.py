@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterable
 
-from benchmarks import attention, gae, head, lora, sampling
+from benchmarks import attention, gae, generation, head, lora, sampling
 from benchmarks.case import Case
 
 BENCHMARKS: dict[str, Callable[[str], Iterable[Case]]] = {
     "attention": attention.cases,
     "gae": gae.cases,
+    "generation": generation.cases,
     "head": head.cases,
     "lora": lora.cases,
     "sampling": sampling.cases,

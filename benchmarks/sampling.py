@@ -4,6 +4,7 @@ Rows are normal with a standard deviation of 3, a language model's spread.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def _case(name: str, rows: int, vocabulary: int, dtype: torch.dtype, device: str
         }
         for text, filters in FILTERS.items():
             shown = OURS if text == "no filter" else f"{OURS}, {text}"
-            found[shown] = ready(lambda filters=filters: sample(logits, seed=0, stream=keys, position=keys, **filters))
+            found[shown] = ready(partial(sample, logits, seed=0, stream=keys, position=keys, **filters))
         return found
 
     return Case(name, build, TORCH, (Target(TORCH, at_least=5.0),), memory=False)

@@ -9,7 +9,16 @@ from typing import Literal, get_args
 
 import torch
 
-from rlhf_kernels import build_routing, gae, linear_logprob, logprob, lora_linear, lora_linears, sample
+from rlhf_kernels import (
+    build_routing,
+    gae,
+    linear_logprob,
+    logprob,
+    lora_linear,
+    lora_linears,
+    masked_whiten,
+    sample,
+)
 
 Save = Literal["grad_vector", "recompute", "logits"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -86,9 +95,19 @@ def _lora_once(
 
 
 def others() -> None:
-    _, drawn = sample(torch.randn(9, 1003), top_k=7, top_p=0.9, seed=1, stream=2, position=torch.arange(9))
-    _finite(drawn)
-    _finite(*gae(torch.randn(3, 17), torch.randn(3, 17)))
+    for dtype in DTYPES:
+        for rows, vocabulary in ((9, 1003), (2, 17003)):  # the latter in several blocks a row, where there are clusters
+            drawn = sample(
+                torch.randn(rows, vocabulary).to(dtype), top_k=7, top_p=0.9, min_p=0.01, seed=1, stream=2,
+                position=torch.arange(rows), greedy=torch.arange(rows) == 1,
+            )  # fmt: skip
+            _finite(*drawn)
+    rewards, values = torch.randn(2, 3, 1031, requires_grad=True).unbind()
+    mask = torch.rand(3, 1031) < 0.8
+    for kept in (None, mask):
+        advantages, returns = gae(rewards, values, kept)
+        (gradient,) = torch.autograd.grad((advantages + returns).sum(), rewards)
+        _finite(advantages, returns, gradient, masked_whiten(advantages.detach(), kept))
 
 
 def _finite(*tensors: torch.Tensor | None) -> None:

@@ -69,6 +69,13 @@ STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
       "Tensor context_lens, Tensor cu_q, float scale, int window, float softcap) -> Tensor");
   m.def("arena_write(Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor k, Tensor v) -> ()");
 
+  // between a decoder's matrix products, in a generation step
+  m.def("rms_norm_rows(Tensor x, Tensor weight, float eps, float offset, bool round_first) -> Tensor");
+  m.def("silu_mul(Tensor(a!) gate, Tensor up) -> ()");
+  m.def(
+      "rotate_write(Tensor(a!) q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(b!) keys, Tensor(c!) values, "
+      "Tensor slots) -> ()");
+
   // advantage
   m.def(
       "gae_rows(Tensor rewards, Tensor values, Tensor? mask, Tensor starts, Tensor last_value, float gamma, float lam) "

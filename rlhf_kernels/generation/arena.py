@@ -111,14 +111,15 @@ class Arena:
             return
         starts, nbytes = self._layout(self.num_slices)
         with torch.inference_mode(False), torch.no_grad():
-            self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
             views = [
-                self._buffer[start : start + self.num_slices * plane]
+                buffer[start : start + self.num_slices * plane]
                 .view(self.dtype)
                 .view(self.num_slices, heads, self.slice_tokens, dim)
                 for start, plane, (heads, dim) in zip(starts, self._plane_bytes(), self._planes())
             ]
         self._keys, self._values = views[0::2], views[1::2]
+        self._buffer = buffer  # last: interrupted before, the arena is as it was
 
     def release(self) -> None:
         """Gives the bytes back; what was written is lost. The next use allocates them again."""
@@ -205,12 +206,18 @@ class Arena:
 
 
 def layer_shapes(config: Any) -> list[LayerShape]:
-    """The cache shape of every attention layer of a transformers config; the dims of keys and values may differ."""
+    """The cache shape of every attention layer of a transformers config; layers, keys and values may differ."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(config, "is_heterogeneous", False):
+        return [_layer_shape(config.per_layer_config[layer]) for layer in range(config.num_hidden_layers)]
+    return [_layer_shape(config)] * config.num_hidden_layers
+
+
+def _layer_shape(config: Any) -> LayerShape:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     k_dim, v_dim = head_dim, getattr(config, "v_head_dim", None) or head_dim
     if getattr(config, "qk_nope_head_dim", None) is not None:  # latent attention: a key is a plain and a rotated part
         k_dim, kv_heads = config.qk_nope_head_dim + config.qk_rope_head_dim, heads
-    return [LayerShape(kv_heads, k_dim, v_dim)] * config.num_hidden_layers
+    return LayerShape(kv_heads, k_dim, v_dim)

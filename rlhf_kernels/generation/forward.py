@@ -6,11 +6,13 @@ and to eval mode while steps run, and is given back as it was.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from rlhf_kernels.generation.lean import lean_modules
 from rlhf_kernels.integrations.transformers import ATTENTION, SlicedRows, check_decoder, packed_attention
 
 
@@ -26,7 +28,40 @@ class Forward(Protocol):
         """input_ids and position_ids int64 [tokens], rows int64 [R], indices of tokens. Returns [R, vocabulary]."""
 
 
-class HydraForward:
+@dataclass
+class FirstStep:
+    """A generator's first step: checks that no layer attends twice, where the arena holds one cache a layer."""
+
+    rows: SlicedRows
+    attended: set[int] = field(default_factory=set)
+
+    def attend(self, layer: int, *qkv: Tensor, **options: Any) -> Tensor:
+        self._count(layer)
+        return self.rows.attend(layer, *qkv, **options)
+
+    def rotate_and_attend(self, layer: int, *qkv: Tensor, **options: Any) -> Tensor:
+        self._count(layer)
+        return self.rows.rotate_and_attend(layer, *qkv, **options)
+
+    def _count(self, layer: int) -> None:
+        if layer in self.attended:  # the second time would overwrite what the first has written
+            raise ValueError(f"model is not supported: its layer {layer} attends more than once a step")
+        self.attended.add(layer)
+
+
+class FirstStepChecked:
+    """A forward whose first step of a generator's own (not a probe's, whose layers attend in several ways) is checked."""
+
+    _checked = False
+
+    def _rows(self, packed: SlicedRows) -> SlicedRows | FirstStep:
+        if self._checked or type(packed) is not SlicedRows:
+            return packed
+        self._checked = True
+        return FirstStep(packed)
+
+
+class HydraForward(FirstStepChecked):
     """A role of a HydraModel, through its adapter."""
 
     def __init__(self, model: Any, role: str) -> None:
@@ -41,14 +76,14 @@ class HydraForward:
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
-        with eval_mode(self.model):
+        with eval_mode(self.model), lean_modules(self.lm).applied(self.lm, self.logits):
             yield
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, packed: SlicedRows, rows: Tensor) -> Tensor:
-        return self.model.decode(self.role, input_ids, position_ids, packed, rows)
+        return self.model.decode(self.role, input_ids, position_ids, self._rows(packed), rows)
 
 
-class PlainForward:
+class PlainForward(FirstStepChecked):
     """A transformers causal LM whose own attention implementation returns between steps."""
 
     def __init__(self, model: Any) -> None:
@@ -66,7 +101,7 @@ class PlainForward:
         for config in self._configs:
             config._attn_implementation_internal = ATTENTION
         try:
-            with eval_mode(self.lm):
+            with eval_mode(self.lm), lean_modules(self.lm).applied(self.lm, self.logits):
                 yield
         finally:
             for config, name in zip(self._configs, own):
@@ -78,7 +113,7 @@ class PlainForward:
             position_ids=position_ids[None],
             use_cache=False,
             logits_to_keep=rows,
-            packed=packed,
+            packed=self._rows(packed),
         )
         return out.logits[0]
 
@@ -89,13 +124,15 @@ def forward_of(model: Any, role: str) -> Forward:
         return HydraForward(model, role)
     if not (hasattr(model, "set_attn_implementation") and hasattr(model, "get_output_embeddings")):
         raise TypeError(f"model is a {type(model).__name__}; it must be a HydraModel or a transformers causal LM")
+    if not model.can_generate():
+        raise TypeError(f"model is a {type(model).__name__}, which has no language-modelling head")
     return PlainForward(model)
 
 
 @contextmanager
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     """Modules in training mode (dropout) are in eval mode inside, and back in training mode after."""
-    training = [module for module in model.modules() if module.training] if model.training else []
+    training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:

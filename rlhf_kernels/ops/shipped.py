@@ -15,6 +15,8 @@ FILES = (
     "rlhf_kernels.ops.logprob.triton_logits",
     "rlhf_kernels.ops.logprob.triton_shipped",
     "rlhf_kernels.ops.lora.triton_shipped",
+    "rlhf_kernels.ops.advantage.triton_scan",
+    "rlhf_kernels.ops.advantage.triton_whiten",
 )
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 

@@ -61,6 +61,9 @@ def test_dropout_is_off_while_generating():
     lm = model("gpt2")
     want = generator(lm).generate(prompts([6]), greedy(max_new_tokens=8))
     assert generator(lm.train()).generate(prompts([6]), greedy(max_new_tokens=8)) == want
+    lm.eval().transformer.drop.train()  # a part of it alone
+    assert generator(lm).generate(prompts([6]), greedy(max_new_tokens=8)) == want
+    assert lm.transformer.drop.training
 
 
 @pytest.mark.parametrize("eos", [int, list], ids=["int", "list"])
