@@ -22,7 +22,7 @@ def copy(source, plane, head, heads, s_head, p_head, D: tl.constexpr, BD: tl.con
 
 
 @triton.jit(do_not_specialize=["limit", "heads"])
-def append(
+def arena_append(
     keys, values, slots, k, v, limit, heads, slot_step, k_token, k_head, v_token, v_head, keys_slice, keys_head,
     values_slice, values_head, SLICE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BDV: tl.constexpr, BH: tl.constexpr,
@@ -49,7 +49,7 @@ def write(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> 
     dv = values.shape[3]
     bd, bdv = block_of(d), block_of(dv)
     at_once = max(1, min(1 << (heads - 1).bit_length(), ELEMENTS // max(bd, bdv)))
-    append[(tokens,)](
+    arena_append[(tokens,)](
         keys, values, slots, k, v, slices * slice_tokens, heads, slots.stride(0), *k.stride()[:2], *v.stride()[:2],
         *keys.stride()[:2], *values.stride()[:2], SLICE=slice_tokens, D=d, DV=dv, BD=bd, BDV=bdv, BH=at_once,
         num_warps=max(1, min(4, at_once * max(bd, bdv) // 256)),

@@ -25,7 +25,7 @@ DELTA_ROWS = 32
 
 
 @triton.jit(do_not_specialize=["rows"])
-def row_dots(
+def attention_delta(
     grad, out, delta, rows, heads, g_token, g_head, DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
     """delta fp32 [rows] = the dot product of grad's and out's rows; rows are (token, head)."""
@@ -37,7 +37,7 @@ def row_dots(
 
 
 @triton.jit(do_not_specialize=["sequences", "window"])
-def keys_grad(
+def attention_keys_grad(
     q, k, v, grad, lse, delta, dk, dv, cu, sequences, window, factor, cap, scale, q_token, q_head, k_token, k_head,
     v_token, v_head, g_token, g_head, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
@@ -88,7 +88,7 @@ def keys_grad(
 
 
 @triton.jit(do_not_specialize=["sequences", "window"])
-def queries_grad(
+def attention_queries_grad(
     q, k, v, grad, lse, delta, dq, cu, sequences, window, factor, cap, scale, q_token, q_head, k_token, k_head,
     v_token, v_head, g_token, g_head, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
@@ -147,19 +147,19 @@ def gradients(
     shape = Shape.of(q, k, v, kv_heads)
     constants = shape.constants()
     delta = torch.empty_like(lse)
-    row_dots[(triton.cdiv(tokens * heads, DELTA_ROWS),)](
+    attention_delta[(triton.cdiv(tokens * heads, DELTA_ROWS),)](
         grad, out, delta, tokens * heads, heads, *grad.stride()[:2], DV=shape.dv, BDV=constants["BDV"], BM=DELTA_ROWS,
     )  # fmt: skip
     strides = (stride for x in (q, k, v, grad) for stride in x.stride()[:2])
     rest = (cu, sequences, options.window, options.factor, options.cap, options.scale, *strides)
     constants |= {"WINDOWED": options.window > 0, "CAPPED": options.capped, "PRECISE": shape.precise}
-    tile = row_tile(keys_grad_tile_on(chip(q.device), shape, options.capped), shape.group)
-    keys_grad[(tokens // tile.bn + sequences, kv_heads)](
+    tile = row_tile(keys_grad_tile_on(chip(q.device), shape), shape.group)
+    attention_keys_grad[(tokens // tile.bn + sequences, kv_heads)](
         q, k, v, grad, lse, delta, dk, dv, *rest, **constants, BM=tile.bm, BN=tile.bn, num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip
-    tile = row_tile(queries_grad_tile_on(chip(q.device), shape, options.capped), shape.group)
-    queries_grad[(tokens // (tile.bm // shape.group) + sequences, kv_heads)](
+    tile = row_tile(queries_grad_tile_on(chip(q.device), shape), shape.group)
+    attention_queries_grad[(tokens // (tile.bm // shape.group) + sequences, kv_heads)](
         q, k, v, grad, lse, delta, dq, *rest, **constants, BM=tile.bm, BN=tile.bn, num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip

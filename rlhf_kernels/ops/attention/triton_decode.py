@@ -2,7 +2,7 @@
 
 One program a sequence, key/value head and split of its keys: the queries of all heads that share the head are one tile,
 so each key and value is read once. A split is a fixed number of keys from the sequence's begin, which the width of the
-slice table decides alone; `merge` joins a row's splits in their order. So a row's bits do not depend on the other
+slice table decides alone; `attention_merge` joins a row's splits in their order. So a row's bits do not depend on the other
 sequences, nor on where its slices lie.
 """
 
@@ -19,14 +19,14 @@ ALL = 2**31 - 1
 
 
 @triton.jit(do_not_specialize=["tokens", "window", "few", "span", "table_row"])
-def decode(
+def attention_decode(
     q, k, v, out, lse, cu, table, context, tokens, window, few, span, factor, cap, q_token, q_head, k_token, k_head,
     v_token, v_head, k_slice, v_slice, table_row, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLICE: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """WHOLE: one split, out [tokens, heads, DV]. Else out fp32 [splits, tokens, heads, DV], each split's own mean, and
-    lse fp32 [splits, tokens, heads], of base 2. Sequences of more than `few` queries are left to `forward`."""
+    lse fp32 [splits, tokens, heads], of base 2. Sequences of more than `few` queries are left to `attention_forward`."""
     BQ: tl.constexpr = BM // GROUP
     b, h, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(cu + b)
@@ -67,11 +67,11 @@ def decode(
 
 
 @triton.jit(do_not_specialize=["tokens", "window", "few", "span"])
-def merge(
+def attention_merge(
     parts, lse, out, cu, context, tokens, window, few, span, DV: tl.constexpr, BDV: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """out [tokens, heads, DV] from `decode`'s splits, in order; only those that hold a key the row sees are read."""
+    """out [tokens, heads, DV] from `attention_decode`'s splits, in order; only those that hold a key the row sees are read."""
     b, h, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     begin = tl.load(cu + b)
     count = tl.load(cu + b + 1) - begin
@@ -112,7 +112,7 @@ def attend_few(
     tokens, heads, _ = q.shape
     sequences, kv_heads, slice_tokens = table.shape[0], keys.shape[1], keys.shape[2]
     shape = Shape.of(q, keys, values, kv_heads)
-    tile = row_tile(decode_tile_on(chip(q.device), shape, options.capped), shape.group)
+    tile = row_tile(decode_tile_on(chip(q.device), shape), shape.group)
     few = ALL if tokens <= sequences else tile.bm // shape.group
     span, splits = split_of(table.shape[1] * slice_tokens)
     parts, lse = out, None
@@ -120,14 +120,14 @@ def attend_few(
         parts = q.new_empty((splits, tokens, heads, shape.dv), dtype=torch.float32)
         lse = q.new_empty((splits, tokens, heads), dtype=torch.float32)
     k, v = keys.stride(), values.stride()
-    decode[(sequences, kv_heads, splits)](
+    attention_decode[(sequences, kv_heads, splits)](
         q, keys, values, parts, lse, cu_q, table, context, tokens, options.window, few, span, options.factor,
         options.cap, *q.stride()[:2], k[2], k[1], v[2], v[1], k[0], v[0], table.stride(0), **shape.constants(),
         BM=tile.bm, BN=tile.bn, SLICE=slice_tokens, WINDOWED=options.window > 0, CAPPED=options.capped,
         PRECISE=shape.precise, WHOLE=splits == 1, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if lse is not None:
-        merge[(sequences, heads)](
+        attention_merge[(sequences, heads)](
             parts, lse, out, cu_q, context, tokens, options.window, few, span, DV=shape.dv,
             BDV=shape.constants()["BDV"], WINDOWED=options.window > 0, num_warps=1,
         )  # fmt: skip

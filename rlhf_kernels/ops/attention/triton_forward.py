@@ -16,14 +16,14 @@ from rlhf_kernels.ops.logprob.triton_tiles import chip
 
 
 @triton.jit(do_not_specialize=["sequences", "window", "few", "table_row"])
-def forward(
+def attention_forward(
     q, k, v, out, lse, cu, table, context, sequences, window, few, factor, cap, q_token, q_head, k_token, k_head,
     v_token, v_head, k_slice, v_slice, table_row, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLICE: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
     """out [tokens, heads, DV]; lse fp32 [tokens, heads], of base 2, or None. SLICE 0: packed sequences, else the arena,
-    where sequences of at most `few` queries are left to `decode`. Programs: tile, key/value head."""
+    where sequences of at most `few` queries are left to `attention_decode`. Programs: tile, key/value head."""
     BQ: tl.constexpr = BM // GROUP
     b, t = tile_of(cu, tl.num_programs(0) - 1 - tl.program_id(0), sequences, BQ)
     h = tl.program_id(1)
@@ -96,9 +96,9 @@ def _launch(
 ) -> None:  # fmt: skip
     shape = Shape.of(q, k, v, kv_heads)
     sequences = cu.shape[0] - 1
-    tile = row_tile(forward_tile_on(chip(q.device), shape, options.capped), shape.group)
+    tile = row_tile(forward_tile_on(chip(q.device), shape), shape.group)
     grid = (q.shape[0] // (tile.bm // shape.group) + sequences, kv_heads)
-    forward[grid](
+    attention_forward[grid](
         q, k, v, out, lse, cu, table, context, sequences, options.window, few, options.factor, options.cap, *strides,
         **shape.constants(), BM=tile.bm, BN=tile.bn, SLICE=slice_tokens, WINDOWED=options.window > 0,
         CAPPED=options.capped, PRECISE=shape.precise, num_warps=tile.warps, num_stages=tile.stages,

@@ -93,42 +93,40 @@ def row_tile(tile: Tile, group: int) -> Tile:
     return replace(tile, bm=max(tile.bm, block_of(group)))
 
 
-def decode_tile_on(arch: str, shape: Shape, capped: bool) -> Tile:
-    """16 rows are the least a matrix unit takes, 64 keys of 128 dims three times 32 KiB on their way."""
+def decode_tile_on(arch: str, shape: Shape) -> Tile:
+    """16 rows are the least a matrix unit takes; five stages keep two blocks of keys and two of values on their way,
+    as the slice table is read first."""
     if arch == "interpreter":
         return Tile(16, 64, 4, 1)
+    wide = shape.wide > 128
     if shape.precise:
-        return Tile(16, 32, 4, 1 if shape.wide > 128 else 2)
-    if arch == "gfx942":
-        return Tile(16, 32 if shape.wide > 128 else 64, 4, 2)
-    return Tile(16, 32 if shape.wide > 128 else 64, 4, 3)
+        return Tile(16, 16 if arch == "gfx942" else 32, 4, 1) if wide else Tile(16, 32, 4, 2)
+    return Tile(16, 32 if wide else 64, 4, 2 if arch == "gfx942" else 5)
 
 
-def forward_tile_on(arch: str, shape: Shape, capped: bool) -> Tile:
-    if arch == "interpreter":
+def forward_tile_on(arch: str, shape: Shape) -> Tile:
+    if arch == "interpreter" or shape.precise:
         return Tile(32, 32, 4, 1)
-    if shape.precise:
-        return Tile(32, 32, 4, 1)
-    if arch == "gfx942":
-        return Tile(64, 32, 4, 1) if shape.wide > 128 else Tile(128, 64, 4, 1)
+    table = {"sm_80": Tile(128, 32, 8, 3), "gfx942": Tile(128, 32, 4, 1)}
     if shape.wide > 128:
-        return Tile(64, 32, 4, 2) if arch == "sm_80" else Tile(128, 64, 8, 2)
-    return Tile(128, 64, 8, 3)
+        table = {"sm_80": Tile(64, 32, 8, 2), "gfx942": Tile(64, 16, 4, 1)}
+    return table.get(arch, Tile(128, 32, 8, 2) if shape.wide > 128 else Tile(128, 64, 8, 3))
 
 
-def keys_grad_tile_on(arch: str, shape: Shape, capped: bool) -> Tile:
+def keys_grad_tile_on(arch: str, shape: Shape) -> Tile:
+    """Two accumulators of bn rows: at 256 dims only 32 of them fit sm_90's registers, too few for a warp group."""
     if arch == "interpreter":
         return Tile(32, 32, 4, 1)
     if shape.precise:
         return Tile(16, 16, 4, 1)
-    if arch == "gfx942":
-        return Tile(32, 32, 4, 1) if shape.wide > 128 else Tile(32, 64, 4, 1)
     if shape.wide > 128:
-        return Tile(32, 64, 8, 1)
-    return Tile(64, 128, 8, 2)
+        table = {"sm_80": Tile(32, 32, 8, 1), "sm_90": Tile(64, 32, 8, 1), "sm_100": Tile(32, 64, 8, 1)}
+        return table.get(arch, Tile(32, 32, 4, 1))
+    table = {"sm_80": Tile(32, 64, 8, 2), "sm_90": Tile(32, 128, 8, 2), "sm_100": Tile(64, 128, 8, 2)}
+    return table.get(arch, Tile(32, 64, 4, 1))
 
 
-def queries_grad_tile_on(arch: str, shape: Shape, capped: bool) -> Tile:
+def queries_grad_tile_on(arch: str, shape: Shape) -> Tile:
     if arch == "interpreter":
         return Tile(32, 32, 4, 1)
     if shape.precise:
@@ -136,5 +134,5 @@ def queries_grad_tile_on(arch: str, shape: Shape, capped: bool) -> Tile:
     if arch == "gfx942":
         return Tile(64, 32, 4, 1)
     if shape.wide > 128:
-        return Tile(64, 32, 8, 1)
-    return Tile(128, 64, 8, 2)
+        return Tile(128, 32, 8, 1) if arch == "sm_90" else Tile(64, 32, 8, 1)
+    return Tile(64, 64, 8, 2) if arch == "sm_80" else Tile(128, 64, 8, 2)
