@@ -70,11 +70,16 @@ def attention_keys_grad(
             g = load_rows(grad, place * g_token + head * g_head, real, DV, BDV, False)
             row = place * (kv_heads * GROUP) + head
             bits = tl.load(lse + row, mask=real, other=0.0)
-            z, bent = scores(keys, rows, factor, cap, CAPPED, PRECISE)
+            if PRECISE:  # the products in the order in which delta had them
+                z, bent = scores(rows, keys, factor, cap, CAPPED, PRECISE)
+                z, bent = z.T, bent.T
+                dp = tl.dot(g, values.T, input_precision="ieee").T
+            else:
+                z, bent = scores(keys, rows, factor, cap, CAPPED, PRECISE)
+                dp = tl.dot(values, g.T, input_precision="ieee")
             seen = sees(token[None, :], n[:, None], window, WINDOWED) & real[None, :]
             p = tl.where(seen, tl.exp2(z - bits[None, :]), 0.0)
             dvalues = tl.dot(p.to(g.dtype), g, dvalues, input_precision="ieee")
-            dp = tl.dot(values, g.T, input_precision="ieee")
             ds = p * (dp - tl.load(delta + row, mask=real, other=0.0)[None, :])
             if CAPPED:
                 ds = ds * (1.0 - bent * bent)
@@ -92,9 +97,10 @@ def attention_queries_grad(
     q, k, v, grad, lse, delta, dq, cu, sequences, window, factor, cap, scale, q_token, q_head, k_token, k_head,
     v_token, v_head, g_token, g_head, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISE: tl.constexpr,
+    PRECISE: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
-    """dq [tokens, heads, D]. Programs: tile of rows, key/value head."""
+    """dq [tokens, heads, D]; or DELTA: delta alone, the sum of p (dO v^T), from the very products that it is taken from
+    later. Programs: tile of rows, key/value head."""
     BQ: tl.constexpr = BM // GROUP
     b, t = tile_of(cu, tl.num_programs(0) - 1 - tl.program_id(0), sequences, BQ)
     h, kv_heads = tl.program_id(1), tl.num_programs(1)
@@ -110,12 +116,15 @@ def attention_queries_grad(
         g = load_rows(grad, place * g_token + head * g_head, real, DV, BDV, False)
         row = place * (kv_heads * GROUP) + head
         bits = tl.load(lse + row, mask=real, other=0.0)
-        less = tl.load(delta + row, mask=real, other=0.0)
         total = tl.zeros((BM, BD), tl.float32)
         start = t * 0
         if WINDOWED:
             start = tl.maximum(t * BQ - window + 1, 0) // BN * BN
         stop = tl.minimum(t * BQ + BQ, count)
+        if DELTA:
+            less = tl.zeros((BM,), tl.float32)
+        else:
+            less = tl.load(delta + row, mask=real, other=0.0)
         for n0 in range(start, stop, BN):
             n = n0 + tl.arange(0, BN)
             keep = n < stop
@@ -125,13 +134,20 @@ def attention_queries_grad(
             z, bent = scores(rows, keys, factor, cap, CAPPED, PRECISE)
             seen = sees(token[:, None], n[None, :], window, WINDOWED) & keep[None, :]
             p = tl.where(seen, tl.exp2(z - bits[:, None]), 0.0)
-            ds = p * (tl.dot(g, values.T, input_precision="ieee") - less[:, None])
-            if CAPPED:
-                ds = ds * (1.0 - bent * bent)
-            total = tl.dot(ds.to(keys.dtype), keys, total, input_precision="ieee")
-        at = tl.arange(0, BD)
-        tl.store(dq + row[:, None] * D + at[None, :], (total * scale).to(dq.dtype.element_ty),
-                 mask=real[:, None] & (at < D)[None, :])  # fmt: skip
+            dp = tl.dot(g, values.T, input_precision="ieee")
+            if DELTA:
+                less += tl.sum(p * dp, 1)
+            else:
+                ds = p * (dp - less[:, None])
+                if CAPPED:
+                    ds = ds * (1.0 - bent * bent)
+                total = tl.dot(ds.to(keys.dtype), keys, total, input_precision="ieee")
+        if DELTA:
+            tl.store(delta + row, less, mask=real)
+        else:
+            at = tl.arange(0, BD)
+            tl.store(dq + row[:, None] * D + at[None, :], (total * scale).to(dq.dtype.element_ty),
+                     mask=real[:, None] & (at < D)[None, :])  # fmt: skip
 
 
 def gradients(
@@ -146,21 +162,24 @@ def gradients(
     kv_heads, sequences = k.shape[1], cu.shape[0] - 1
     shape = Shape.of(q, k, v, kv_heads)
     constants = shape.constants()
-    delta = torch.empty_like(lse)
-    attention_delta[(triton.cdiv(tokens * heads, DELTA_ROWS),)](
-        grad, out, delta, tokens * heads, heads, *grad.stride()[:2], DV=shape.dv, BDV=constants["BDV"], BM=DELTA_ROWS,
-    )  # fmt: skip
-    strides = (stride for x in (q, k, v, grad) for stride in x.stride()[:2])
+    strides = [stride for x in (q, k, v, grad) for stride in x.stride()[:2]]
     rest = (cu, sequences, options.window, options.factor, options.cap, options.scale, *strides)
+    dims = {"DV": shape.dv, "BDV": constants["BDV"]}
     constants |= {"WINDOWED": options.window > 0, "CAPPED": options.capped, "PRECISE": shape.precise}
+    tile = row_tile(queries_grad_tile_on(chip(q.device), shape), shape.group)
+    sizes = {"BM": tile.bm, "BN": tile.bn, "num_warps": tile.warps, "num_stages": tile.stages}
+    of_rows = attention_queries_grad[(tokens // (tile.bm // shape.group) + sequences, kv_heads)]
+    delta = torch.empty_like(lse)
+    if shape.precise:  # the rounding of dO O would show in fp32, where the products cancel
+        of_rows(q, k, v, grad, lse, delta, None, *rest, **constants, **sizes, DELTA=True)
+    else:
+        attention_delta[(triton.cdiv(tokens * heads, DELTA_ROWS),)](
+            grad, out, delta, tokens * heads, heads, *grad.stride()[:2], **dims, BM=DELTA_ROWS,
+        )  # fmt: skip
+    of_rows(q, k, v, grad, lse, delta, dq, *rest, **constants, **sizes, DELTA=False)
     tile = row_tile(keys_grad_tile_on(chip(q.device), shape), shape.group)
     attention_keys_grad[(tokens // tile.bn + sequences, kv_heads)](
         q, k, v, grad, lse, delta, dk, dv, *rest, **constants, BM=tile.bm, BN=tile.bn, num_warps=tile.warps,
-        num_stages=tile.stages,
-    )  # fmt: skip
-    tile = row_tile(queries_grad_tile_on(chip(q.device), shape), shape.group)
-    attention_queries_grad[(tokens // (tile.bm // shape.group) + sequences, kv_heads)](
-        q, k, v, grad, lse, delta, dq, *rest, **constants, BM=tile.bm, BN=tile.bn, num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip
     return dq, dk, dv

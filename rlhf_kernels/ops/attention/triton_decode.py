@@ -20,13 +20,13 @@ ALL = 2**31 - 1
 
 @triton.jit(do_not_specialize=["tokens", "window", "few", "span", "table_row"])
 def attention_decode(
-    q, k, v, out, lse, cu, table, context, tokens, window, few, span, factor, cap, q_token, q_head, k_token, k_head,
+    q, k, v, out, sums, cu, table, context, tokens, window, few, span, factor, cap, q_token, q_head, k_token, k_head,
     v_token, v_head, k_slice, v_slice, table_row, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLICE: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """WHOLE: one split, out [tokens, heads, DV]. Else out fp32 [splits, tokens, heads, DV], each split's own mean, and
-    lse fp32 [splits, tokens, heads], of base 2. Sequences of more than `few` queries are left to `attention_forward`."""
+    """WHOLE: one split, out [tokens, heads, DV]. Else out fp32 [splits, tokens, heads, DV], each split's weighted sum of
+    values, and sums fp32 [2, splits, tokens, heads], its top score and its mass. Sequences of more than `few` queries are left to `attention_forward`."""
     BQ: tl.constexpr = BM // GROUP
     b, h, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(cu + b)
@@ -58,17 +58,19 @@ def attention_decode(
                     top, mass, total, rows, position, keys, values, 0, start, stop, slices, k_token, v_token, k_slice,
                     v_slice, window, factor, cap, D, DV, BD, BDV, BN, SLICE, WINDOWED, CAPPED, PRECISE, False,
                 )  # fmt: skip
-                mean, bits = finished(top, mass, total)
                 place = (s * tokens.to(tl.int64) + offset) * heads + head
-                tl.store(out + place[:, None] * DV + at[None, :], mean.to(out.dtype.element_ty),
+                if WHOLE:
+                    total, _ = finished(top, mass, total)
+                else:
+                    tl.store(sums + place, top, mask=real)
+                    tl.store(sums + tl.num_programs(2) * tokens.to(tl.int64) * heads + place, mass, mask=real)
+                tl.store(out + place[:, None] * DV + at[None, :], total.to(out.dtype.element_ty),
                          mask=real[:, None] & (at < DV)[None, :])  # fmt: skip
-                if not WHOLE:
-                    tl.store(lse + place, bits, mask=real)
 
 
-@triton.jit(do_not_specialize=["tokens", "window", "few", "span"])
+@triton.jit(do_not_specialize=["tokens", "window", "few", "span", "splits"])
 def attention_merge(
-    parts, lse, out, cu, context, tokens, window, few, span, DV: tl.constexpr, BDV: tl.constexpr,
+    parts, sums, out, cu, context, tokens, window, few, span, splits, DV: tl.constexpr, BDV: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """out [tokens, heads, DV] from `attention_decode`'s splits, in order; only those that hold a key the row sees are read."""
@@ -88,13 +90,14 @@ def attention_merge(
             total = tl.zeros((BDV,), tl.float32)
             for s in range(first, (position + span) // span):
                 place = (s * tokens.to(tl.int64) + begin + i) * heads + h
-                bits = tl.load(lse + place)
+                part_top = tl.load(sums + place)
+                part_mass = tl.load(sums + splits * tokens.to(tl.int64) * heads + place)
                 part = tl.load(parts + place * DV + at, mask=at < DV, other=0.0)
-                new_top = tl.maximum(top, bits)
+                new_top = tl.maximum(top, part_top)
                 base = tl.where(new_top == NONE, 0.0, new_top)
-                shrink, weight = tl.exp2(top - base), tl.exp2(bits - base)
+                shrink, weight = tl.exp2(top - base), tl.exp2(part_top - base)
                 total = total * shrink + part * weight
-                mass = mass * shrink + weight
+                mass = mass * shrink + part_mass * weight
                 top = new_top
             mean = total / tl.where(mass == 0.0, 1.0, mass)
             place = (begin + i).to(tl.int64) * heads + h
@@ -115,20 +118,20 @@ def attend_few(
     tile = row_tile(decode_tile_on(chip(q.device), shape), shape.group)
     few = ALL if tokens <= sequences else tile.bm // shape.group
     span, splits = split_of(table.shape[1] * slice_tokens)
-    parts, lse = out, None
+    parts, sums = out, None
     if splits > 1:
         parts = q.new_empty((splits, tokens, heads, shape.dv), dtype=torch.float32)
-        lse = q.new_empty((splits, tokens, heads), dtype=torch.float32)
+        sums = q.new_empty((2, splits, tokens, heads), dtype=torch.float32)
     k, v = keys.stride(), values.stride()
     attention_decode[(sequences, kv_heads, splits)](
-        q, keys, values, parts, lse, cu_q, table, context, tokens, options.window, few, span, options.factor,
+        q, keys, values, parts, sums, cu_q, table, context, tokens, options.window, few, span, options.factor,
         options.cap, *q.stride()[:2], k[2], k[1], v[2], v[1], k[0], v[0], table.stride(0), **shape.constants(),
         BM=tile.bm, BN=tile.bn, SLICE=slice_tokens, WINDOWED=options.window > 0, CAPPED=options.capped,
         PRECISE=shape.precise, WHOLE=splits == 1, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if lse is not None:
+    if sums is not None:
         attention_merge[(sequences, heads)](
-            parts, lse, out, cu_q, context, tokens, options.window, few, span, DV=shape.dv,
+            parts, sums, out, cu_q, context, tokens, options.window, few, span, splits, DV=shape.dv,
             BDV=shape.constants()["BDV"], WINDOWED=options.window > 0, num_warps=1,
         )  # fmt: skip
     return few

@@ -48,9 +48,10 @@ def attention_forward(
         mass = tl.zeros((BM,), tl.float32)
         total = tl.zeros((BM, BDV), tl.float32)
         keys, values = k + h.to(tl.int64) * k_head, v + h.to(tl.int64) * v_head
+        start = t * 0
         if WINDOWED:
             start = tl.maximum(lowest - window + 1, 0) // BN * BN
-        else:
+        elif not PRECISE:  # in fp32 a second loop's products would take too many registers
             start = tl.maximum(lowest + 1, 0) // BN * BN
             top, mass, total = scan(
                 top, mass, total, rows, position, keys, values, begin, 0, start, places_of_b, k_token, v_token, k_slice,

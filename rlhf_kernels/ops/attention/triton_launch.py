@@ -105,8 +105,10 @@ def decode_tile_on(arch: str, shape: Shape) -> Tile:
 
 
 def forward_tile_on(arch: str, shape: Shape) -> Tile:
-    if arch == "interpreter" or shape.precise:
+    if arch == "interpreter":
         return Tile(32, 32, 4, 1)
+    if shape.precise:
+        return Tile(32, 16, 4, 1)
     table = {"sm_80": Tile(128, 32, 8, 3), "gfx942": Tile(128, 32, 4, 1)}
     if shape.wide > 128:
         table = {"sm_80": Tile(64, 32, 8, 2), "gfx942": Tile(64, 16, 4, 1)}

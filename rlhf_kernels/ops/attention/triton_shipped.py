@@ -26,7 +26,7 @@ def shipped(arch: str) -> list[Shipped]:
         decode("attention_decode (d 128)", arch),
         decode("attention_decode (d 256, window, softcap, one split)", arch, d=256, special=True, whole=True),
         decode("attention_decode (fp32, d 256, softcap)", arch, d=256, kind="fp32", special=True),
-        _made("attention_merge", triton_decode.attention_merge, {"parts": "*fp32", "out": "*bf16"},
+        _made("attention_merge", triton_decode.attention_merge, {"parts": "*fp32", "sums": "*fp32", "out": "*bf16"},
               {"DV": 128, "BDV": 128, "WINDOWED": True}, 1),
         _made("attention_delta", triton_backward.attention_delta, {"grad": "*bf16", "out": "*bf16"},
               {"DV": 256, "BDV": 256, "BM": triton_backward.DELTA_ROWS}, 4),
@@ -67,9 +67,9 @@ def decode(
 ) -> Shipped:  # fmt: skip
     shape = Shape(group, d, dv or d, KINDS[kind])
     tile = launch.row_tile(launch.decode_tile_on(arch, shape), group)
-    types = dict.fromkeys(("q", "k", "v"), f"*{kind}") | {"out": f"*{kind}" if whole else "*fp32", "lse": "*fp32"}
+    types = dict.fromkeys(("q", "k", "v"), f"*{kind}") | {"out": f"*{kind}" if whole else "*fp32", "sums": "*fp32"}
     constants = _constants(shape, tile, special) | {"SLICE": SLICE, "WHOLE": whole}
-    constants |= {"lse": None} if whole else {}
+    constants |= {"sums": None} if whole else {}
     return _made(name, triton_decode.attention_decode, types, constants, tile.warps, tile.stages, few=kind != "fp32")
 
 
@@ -83,9 +83,10 @@ def backward(
     tile = launch.row_tile(choose(arch, shape), group)
     types = dict.fromkeys(("q", "k", "v", "grad", "dq", "dk", "dv"), f"*{kind}")
     name = f"attention_{'keys' if of_keys else 'queries'}_grad ({name})"
+    constants = _constants(shape, tile, special) | ({} if of_keys else {"DELTA": False})
     many = (tile.bn if of_keys else tile.bm) >= 64
     return _made(
-        name, kernel, types, _constants(shape, tile, special), tile.warps, tile.stages, gemm=kind != "fp32" and many,
+        name, kernel, types, constants, tile.warps, tile.stages, gemm=kind != "fp32" and many,
         few=kind != "fp32" and not many,
     )  # fmt: skip
 
