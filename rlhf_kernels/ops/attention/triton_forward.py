@@ -86,9 +86,7 @@ def attend_pieces(
     """The sequences of more than `few` queries, q [T, H, d], over slices [slices, KV, slice_tokens, d or dv]."""
     k, v = keys.stride(), values.stride()
     strides = (*q.stride()[:2], k[2], k[1], v[2], v[1], k[0], v[0], table.stride(0))
-    _launch(
-        q, keys, values, out, None, cu_q, table, context, few, strides, options, keys.shape[2], keys.shape[1]
-    )
+    _launch(q, keys, values, out, None, cu_q, table, context, few, strides, options, keys.shape[2], keys.shape[1])
 
 
 def _launch(

@@ -4,7 +4,6 @@ Tiles depend on dtype and dims, splits on the width of the slice table; neither 
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +80,7 @@ def dense(x: Tensor) -> Tensor:
 
 
 def split_of(capacity: int) -> tuple[int, int]:
-    """(keys of a split, splits) for sequences of up to `capacity` tokens: few enough splits that partial sums are small."""
+    """(keys of a split, splits) for sequences of up to `capacity` tokens: so few that partial sums stay small."""
     span = SPLIT_KEYS
     while capacity > span * MOST_SPLITS:
         span *= 2
@@ -101,14 +100,17 @@ def decode_tile_on(arch: str, shape: Shape) -> Tile:
     wide = shape.wide > 128
     if shape.precise:
         return Tile(16, 16 if arch == "gfx942" else 32, 4, 1) if wide else Tile(16, 32, 4, 2)
-    return Tile(16, 32 if wide else 64, 4, 2 if arch == "gfx942" else 5)
+    if arch == "gfx942":
+        return Tile(16, 32, 4, 2)
+    uneven = block_of(shape.d) != block_of(shape.dv)
+    return Tile(16, 32, 4, 4 if uneven else 5) if wide or uneven else Tile(16, 64, 4, 5)
 
 
 def forward_tile_on(arch: str, shape: Shape) -> Tile:
     if arch == "interpreter":
         return Tile(32, 32, 4, 1)
     if shape.precise:
-        return Tile(32, 16, 4, 1)
+        return Tile(32, 16, 8 if shape.wide > 128 else 4, 1)
     table = {"sm_80": Tile(128, 32, 8, 3), "gfx942": Tile(128, 32, 4, 1)}
     if shape.wide > 128:
         table = {"sm_80": Tile(64, 32, 8, 2), "gfx942": Tile(64, 16, 4, 1)}
@@ -136,5 +138,5 @@ def queries_grad_tile_on(arch: str, shape: Shape) -> Tile:
     if arch == "gfx942":
         return Tile(64, 32, 4, 1)
     if shape.wide > 128:
-        return Tile(128, 32, 8, 1) if arch == "sm_90" else Tile(64, 32, 8, 1)
+        return Tile(128, 32, 8, 1 if shape.d == shape.dv else 2) if arch == "sm_90" else Tile(64, 32, 8, 1)
     return Tile(64, 64, 8, 2) if arch == "sm_80" else Tile(128, 64, 8, 2)

@@ -32,7 +32,7 @@ def tile_of(cu, tile, sequences, STEP: tl.constexpr):
 
 @triton.jit
 def places(first, n, keep, stride, table, slice_stride, SLICE: tl.constexpr):
-    """int64 offsets of tokens n of a sequence: end to end from token `first`, or (SLICE > 0) in the slices of `table`."""
+    """int64 offsets of tokens n of a sequence: end to end from token `first`, or (SLICE > 0) in slices of `table`."""
     if SLICE == 0:
         return (first + n).to(tl.int64) * stride
     else:

@@ -129,9 +129,7 @@ def _varlen_grad(
     from rlhf_kernels.ops.attention.triton_launch import Options, dense
 
     with device_of(q):
-        return triton_backward.gradients(
-            grad, q, k, v, out, lse, dense(cu_seqlens), Options(scale, window, softcap)
-        )
+        return triton_backward.gradients(grad, q, k, v, out, lse, dense(cu_seqlens), Options(scale, window, softcap))
 
 
 @_varlen_grad.register_fake

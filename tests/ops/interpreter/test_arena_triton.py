@@ -13,7 +13,7 @@ def planes(device, heads, d, dv, dtype, slices=5, slice_tokens=6):
     return [torch.full(shape, -1.0, dtype=dtype, device=device) for shape in shapes]
 
 
-@pytest.mark.parametrize(("heads", "d", "dv"), [(2, 8, 8), (3, 5, 24), (70, 128, 64), (1, 1, 1)])
+@pytest.mark.parametrize(("heads", "d", "dv"), [(2, 8, 8), (3, 5, 24), (70, 64, 128), (1, 1, 1)])
 @pytest.mark.parametrize(("given", "kept"), [(F32, F32), (F32, F16), (F64, F64)], ids=["fp32", "to-fp16", "fp64"])
 def test_tokens_lie_in_their_slots_and_a_slot_outside_is_skipped(heads, d, dv, given, kept, device):
     keys, values = planes(device, heads, d, dv, kept)
@@ -53,6 +53,7 @@ def test_an_arena_written_token_by_token_attends_as_the_definition(dtype, device
     as_exact_as_plain("out", torch.cat(found), plain, exact, 2)
 
 
+@pytest.mark.slow
 def test_the_ops_pass_opcheck(device):
     ops = torch.ops.rlhf_kernels
     keys, values = planes(device, 2, 8, 6, F32)

@@ -61,8 +61,9 @@ def test_packed_rows_and_their_gradients_match_the_definition(shape, device):
         as_exact_as_plain(name, a, b, c, 2 if name == "out" else 3)
 
 
-@pytest.mark.parametrize("slice_tokens", [6, 64])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize(
+    ("shape", "slice_tokens"), list(zip(SHAPES.values(), (1, 6, 16, 64, 6, 16), strict=True)), ids=SHAPES.keys()
+)
 def test_rows_over_the_arena_match_the_definition(shape, slice_tokens, device, short_splits):
     heads, kv_heads, d, dv, window, softcap, dtype = shape
     case = Sliced(device, *MIXED, heads, kv_heads, d, dv, slice_tokens, dtype)
@@ -72,7 +73,7 @@ def test_rows_over_the_arena_match_the_definition(shape, slice_tokens, device, s
 
 
 @pytest.mark.parametrize(("lengths", "new"), [
-    ([1, 63, 64, 65, 128, 200], [1] * 6),
+    ([1, 63, 64, 65, 128, 200, 77, 190, 127, 130, 192, 2], [1] * 12),
     ([90, 5, 0, 0], [3, 1, 0, 0]),  # no more tokens than sequences, and yet not one each
     ([33, 64], [33, 31]),
 ], ids=["decode", "fewer-tokens-than-sequences", "prefill"])  # fmt: skip
