@@ -76,6 +76,7 @@ def stages(out: Path, benchmarks: Sequence[str]) -> list[Stage]:
         sanitized("initcheck logprob", "initcheck", 20, "logprob", "--kernel-regex", "kns=logprob_rows"),
         sanitized("initcheck lora", "initcheck", 20, "lora", "--kernel-regex", "kns=lora_|shrink|expand|outer"),
         sanitized("initcheck others", "initcheck", 20, "others", "--kernel-regex", "kns=sample_|gae|whiten|moments"),
+        sanitized("initcheck attention", "initcheck", 20, "attention", "--kernel-regex", "kns=attention_|arena_append"),
         *(_benchmark(name, out) for name in benchmarks),
     ]
 
