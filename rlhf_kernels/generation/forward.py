@@ -39,7 +39,7 @@ class FirstStep:
         self._count(layer)
         return self.rows.attend(layer, *qkv, **options)
 
-    def rotate_and_attend(self, layer: int, *qkv: Tensor, **options: Any) -> Tensor:
+    def rotate_and_attend(self, layer: int, *qkv: Any, **options: Any) -> Tensor:
         self._count(layer)
         return self.rows.rotate_and_attend(layer, *qkv, **options)
 

@@ -30,7 +30,7 @@ NORM_STYLES = ((0.0, True), (1.0, False), (0.0, False))  # what is added to the 
 
 
 class Part:
-    """A replacement: `module`, the `inner` modules it reads, the `parts` it is made of, and a call like the module's."""
+    """A replacement: `module`, the `inner` modules it reads, the `parts` it is made of, a call like the module's."""
 
     def __init__(self, module: nn.Module, inner: Sequence[nn.Module] = (), parts: Sequence["Part"] = ()) -> None:
         self.module, self.inner, self.parts = module, tuple(inner), tuple(parts)
@@ -42,6 +42,9 @@ class Part:
         parametrization changes a module's class)."""
         children = (all(map(is_, before, module._modules.values())) for module, before in self._children)
         return all(children) and all(map(is_, self._kinds, map(type, (self.module, *self.inner))))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
 
     def variants(self) -> Sequence[Any]:
         """Ways it may have to work; `choose` takes the one that proves right."""
@@ -67,6 +70,7 @@ class LeanNorm(Part):
 
     def __init__(self, module: nn.Module, eps: float) -> None:
         super().__init__(module)
+        self.size = module.get_parameter("weight").numel()
         self.eps, (self.offset, self.round_first) = eps, NORM_STYLES[0]
 
     def variants(self) -> Sequence[Any]:
