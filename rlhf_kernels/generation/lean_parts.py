@@ -70,7 +70,7 @@ class LeanNorm(Part):
 
     def __init__(self, module: nn.Module, eps: float) -> None:
         super().__init__(module)
-        self.size = module.get_parameter("weight").numel()
+        self.size = module._parameters["weight"].numel()
         self.eps, (self.offset, self.round_first) = eps, NORM_STYLES[0]
 
     def variants(self) -> Sequence[Any]:

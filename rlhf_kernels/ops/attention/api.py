@@ -40,8 +40,8 @@ def varlen_attention(
     Returns:
         [tokens, heads, dv] in q's dtype. Kept for the backward pass: the arguments, the result and one fp32 number a
         head and token; nothing grows with a sequence's length squared. On the CPU (fp32, bf16) sums are fp32 and run in
-        blocks of 16 keys by position: a token's output does not depend on the other sequences, and is bit-equal to
-        `sliced_attention`'s for the same keys.
+        blocks of keys by position: a token's output does not depend on the other sequences, and is bit-equal to
+        `sliced_attention`'s for the same keys. bf16 weights are rounded to bf16 where the chip multiplies bf16.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or device, or (on the CPU) a cu_seqlens that does
@@ -107,8 +107,9 @@ def sliced_attention(
     Returns:
         [tokens, heads, dv] in q's dtype; zeros for a sequence whose context is 0 (on a GPU and in the definition: what
         pads a captured graph). On the CPU (fp32, bf16) a token's output is the same bits for every batch, slice size,
-        slice order and division into prefill pieces. On a GPU no value is read by the host; a decoded token's output is
-        the same bits for every batch and slice order, as long as the slice table is as wide.
+        slice order and division into prefill pieces; leading slices that sequences with one query share are read once
+        for all of them. On a GPU no value is read by the host; a decoded token's output is the same bits for every
+        batch and slice order, as long as the slice table is as wide.
 
     Raises:
         TypeError, ValueError, IndexError: an argument of the wrong dtype, shape or device, or (on the CPU) lengths and

@@ -74,7 +74,7 @@ def attention_merge(
     parts, sums, out, cu, context, tokens, window, few, span, splits, DV: tl.constexpr, BDV: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """out [tokens, heads, DV] from `attention_decode`'s splits, in order; only those with keys the row sees are read."""
+    """out [tokens, heads, DV] from `attention_decode`'s splits, in order; only those with keys a row sees are read."""
     b, h, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     begin = tl.load(cu + b)
     count = tl.load(cu + b + 1) - begin
