@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ["csrc/testing/engine_units.cpp", *(f"csrc/engine/{n}.cpp" for n in ("block_pool", "prefix_tree", "scheduler", "step"))]
+SOURCES = [
+    "csrc/testing/engine_units.cpp",
+    *(f"csrc/engine/{n}.cpp" for n in ("block_pool", "prefix_tree", "scheduler", "step")),
+]
 SANITIZED = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
