@@ -70,8 +70,12 @@ class LeanNorm(Part):
 
     def __init__(self, module: nn.Module, eps: float) -> None:
         super().__init__(module)
-        self.size = module._parameters["weight"].numel()
         self.eps, (self.offset, self.round_first) = eps, NORM_STYLES[0]
+
+    @property
+    def size(self) -> int:
+        weight: Any = self.module.weight
+        return weight.numel()
 
     def variants(self) -> Sequence[Any]:
         return NORM_STYLES
