@@ -3,7 +3,9 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
+#include <atomic>
 #include <cstdint>
+#include <thread>
 #include <vector>
 
 #include "bf16_tile.h"
@@ -86,8 +88,19 @@ bool multiply_few(const Job& job);
 // The same for some rows, enough to fill vectors: bf16 only.
 bool multiply_lanes(const Job& job);
 
-// S for either of them.
-bool shrink_few(const Job& job);
+// Whether every matrix of either of them lies along the depth, but for x.
+bool along(const Job& job);
+
+// S of one adapter's rows and some of its ranks: what there is to do once S is zeroed, and the doing of it, with rows
+// of x that are words already.
+struct Shrink {
+  const Term* term;
+  const Span* span;
+  int64_t rank;
+};
+
+std::vector<Shrink> shrinks(const Job& job);
+void shrink(const Job& job, const Matrix& x, const Shrink& item);
 
 // out [rank, columns] = left^T right over positions [lo, hi), both [positions, ...]; transposed: out is [columns,
 // rank].
@@ -137,6 +150,50 @@ inline void in_parts(int64_t items, int64_t products, const F& f) {
   if (tasks <= 1) return f(0, items);
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t lo, int64_t hi) {
     for (int64_t t = lo; t < hi; ++t) f(items * t / tasks, items * (t + 1) / tasks);
+  });
+}
+
+// Items that tasks take in turns, for items whose time depends on whose caches are near, and for tasks with several
+// phases: they go on when all items are done, and need not all run at the same time.
+class Phase {
+ public:
+  explicit Phase(int64_t items) : items_(items) {}
+
+  // The next item that nobody has taken, at last `items` or more.
+  int64_t take() { return taken_.fetch_add(1, std::memory_order_relaxed); }
+
+  template <typename F>
+  void run(const F& f) {
+    for (int64_t i = take(); i < items_; i = take()) {
+      const Done done{done_};
+      f(i);
+    }
+  }
+
+  void wait() const {
+    for (int64_t i = 0; done_.load(std::memory_order_acquire) < items_; ++i) {
+      if (i < kPatience) _mm_pause();
+      if (i >= kPatience) std::this_thread::yield();
+    }
+  }
+
+ private:
+  struct Done {  // even where f throws: others wait
+    std::atomic<int64_t>& count;
+    ~Done() { count.fetch_add(1, std::memory_order_release); }
+  };
+
+  static constexpr int64_t kPatience = 1000;
+  const int64_t items_;
+  std::atomic<int64_t> taken_{0}, done_{0};
+};
+
+// f() in each of so many tasks.
+template <typename F>
+inline void in_tasks(int64_t tasks, const F& f) {
+  if (tasks <= 1) return f();
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t lo, int64_t hi) {
+    for (int64_t t = lo; t < hi; ++t) f();
   });
 }
 

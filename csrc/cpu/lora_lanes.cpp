@@ -5,7 +5,7 @@
 #include <cstring>
 #include <limits>
 
-#include "lora_job.h"
+#include "lora_dots.h"
 
 #ifdef BF16_TILES
 
@@ -15,17 +15,17 @@
 namespace lora {
 namespace {
 
-using operand::Element;
-using operand::kStepWords;
 using BF16 = Element<Type::bf16>;
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kWide = 144;   // columns whose sums are held at a time: whole groups, whole vectors
 constexpr int64_t kPart = 2048;  // words of depth in one pass over the columns: x^T stays in the second-level cache
+constexpr int64_t kChunk = 4;    // steps packed at a time: lines of the cache that lie together
 constexpr int64_t kLeastVectors = 2, kMostVectors = 4;
 constexpr int kMostGroup = 9;
 template <int kV>
 constexpr int kGroup = kV == 4 ? 6 : kMostGroup;  // rows of W whose sums are in registers
+constexpr int64_t kTogether = 8;                  // columns of an adapter: as many chains hide a product's latency
 
 // Positions [lo, hi) of the order, as they meet W: so many vectors of lanes, packed.
 struct Chunk {
@@ -135,11 +135,13 @@ void multiply_part(const char* w, const uint32_t* x, int64_t depth, const char* 
   }
 }
 
-LANES __mmask16 lanes_below(int64_t row, int v) { return operand::first16(row - v * kLanes); }
+LANES __mmask16 lanes_below(int64_t row, int64_t v) { return operand::first16(row - v * kLanes); }
 
 struct Scratch {
   Buffer<float> sums{(kWide + kMostGroup) * kMostVectors * kLanes};
-  std::vector<uint32_t> s;
+  std::vector<uint32_t> s, copy;
+  const Term* term = nullptr;  // whose S s is, of which chunk's rows
+  const Chunk* chunk = nullptr;
 };
 
 // Some columns of a chunk of the rows of one product.
@@ -147,7 +149,7 @@ template <int kV>
 class Strip {
  public:
   Strip(const Job& job, const Chunk& chunk, Scratch& scratch)
-      : job_(job), chunk_(chunk), count_(chunk.hi - chunk.lo), sums_(scratch.sums), s_(scratch.s) {
+      : job_(job), chunk_(chunk), count_(chunk.hi - chunk.lo), scratch_(scratch), sums_(scratch.sums), s_(scratch.s) {
     for (const Span& span : job.rows->spans) {
       const int64_t lo = std::max(span.lo, chunk.lo), hi = std::min(span.hi, chunk.hi);
       if (lo < hi) spans_.push_back({lo - chunk.lo, hi - chunk.lo, span.adapter});
@@ -161,6 +163,7 @@ class Strip {
     const auto bytes = [&](int64_t i, int64_t k) {
       return reinterpret_cast<const char*>(operand::line<BF16>(w, row(i)) + k);
     };
+    fetch(product.out, first, count);
     for (int64_t k = 0; k < w.depth; k += 2 * kPart) {
       for (int64_t at = first; at < first + count; at += kR) {
         const char* next = bytes(at + kR, k);
@@ -178,46 +181,69 @@ class Strip {
  private:
   static constexpr int64_t kWidth = kV * kLanes;
 
+  // Where store will write.
+  void fetch(const Output& out, int64_t first, int64_t count) {
+    const int64_t size = element_bytes(out.type);
+    for (int64_t i = 0; i < count_; ++i) {
+      const char* to = static_cast<const char*>(out.data) + (job_.rows->row(chunk_.lo + i) * out.stride + first) * size;
+      for (int64_t at = 0; at < count * size; at += 64) __builtin_prefetch(to + at, 1);
+    }
+  }
+
   void add_adapters(const Term& term, int64_t first, int64_t count) {
     int64_t rank = 0;
     for (const Span& span : spans_) {
       if (span.adapter >= 0) rank = std::max(rank, term.adapters[span.adapter].rank);
     }
     if (rank == 0) return;
-    const Matrix s{s_row(job_, chunk_.lo, term.s_column), Type::bf16, count_, rank, job_.s_width, true};
-    const int64_t most = operand::steps(Type::bf16, rank);
-    s_.resize(size_t(most * kStepWords * kWidth));
-    pack<kV>(s, 0, most, s_.data());
+    if (scratch_.term != &term || scratch_.chunk != &chunk_) {
+      const Matrix s{s_row(job_, chunk_.lo, term.s_column), Type::bf16, count_, rank, job_.s_width, true};
+      const int64_t most = operand::steps(Type::bf16, rank);
+      s_.resize(size_t(most * kStepWords * kWidth));
+      pack<kV>(s, 0, most, s_.data());
+      scratch_.term = &term, scratch_.chunk = &chunk_;
+    }
     for (const Span& span : spans_) {
       if (span.adapter < 0 || term.adapters[span.adapter].rank == 0) continue;
-      const Matrix& b = term.adapters[span.adapter].expand;
-      operand::with_element(b.type, [&](auto e) { add_adapter<decltype(e)>(b, span, first, count); });
+      Matrix b = term.adapters[span.adapter].expand;
+      const bool words = b.type == Type::bf16 && b.depth % 2 == 0 && count % kTogether == 0;
+      if (words) {
+        b.data = operand::line<BF16>(b, first);
+      } else {
+        const int64_t width = operand::steps(Type::bf16, b.depth) * kStepWords;
+        const int64_t columns = (count + kTogether - 1) / kTogether * kTogether;
+        scratch_.copy.resize(size_t(columns * width));
+        to_words(Type::bf16, b, first, columns, scratch_.copy.data(), width);
+        b.data = scratch_.copy.data(), b.stride = 2 * width, b.depth += b.depth % 2;
+      }
+      add_adapter(b, span, count);
     }
   }
 
-  // Every row's S meets this B, and only the adapter's own rows take the sum.
-  template <typename E>
-  void add_adapter(const Matrix& b, const Span& span, int64_t first, int64_t count) {
-    __mmask16 own[kV];
-    for (int v = 0; v < kV; ++v) own[v] = lanes_below(span.hi, v) & ~lanes_below(span.lo, v);
-    for (int64_t j = 0; j < count; ++j) {
-      const auto* p = operand::line<E>(b, first + j);
-      __m512 sum[kV] = {};
-      for (int64_t k = 0; k < b.depth; k += 2 * kStepWords) {
-        alignas(64) int32_t words[kStepWords];
-        _mm512_store_si512(words, operand::along<true, E>(p + k, b.depth - k));
-        for (int64_t q = 0; q < std::min(kStepWords, (b.depth - k + 1) / 2); ++q) {
-          const __m512i column = _mm512_set1_epi32(words[q]);
-#pragma GCC unroll 4
-          for (int v = 0; v < kV; ++v) {
-            const __m512i rows = _mm512_loadu_si512(s_.data() + (k / 2 + q) * kWidth + v * kLanes);
-            sum[v] = _mm512_dpbf16_ps(sum[v], (__m512bh)rows, (__m512bh)column);
+  // The S of the vectors that hold the adapter's rows meet words of this B, and only its own rows take the sum.
+  void add_adapter(const Matrix& b, const Span& span, int64_t count) {
+    const int64_t stride = 2 * b.stride;
+    for (int64_t v = span.lo / kLanes; v * kLanes < span.hi; ++v) {
+      const __mmask16 own = lanes_below(span.hi, v) & ~lanes_below(span.lo, v);
+      float* to = sums_.data + v * kLanes;
+      for (int64_t at = 0; at < count; at += kTogether) {
+        const char* words = static_cast<const char*>(b.data) + at * stride;
+        const uint32_t* s = s_.data() + v * kLanes;
+        __m512 sum[kTogether] = {};
+        for (int64_t q = 0; q < b.depth / 2; ++q, s += kWidth) {
+          const __m512i rows = _mm512_loadu_si512(s);
+#pragma GCC unroll 8
+          for (int64_t j = 0; j < kTogether; ++j) {
+            int32_t pair;
+            std::memcpy(&pair, words + j * stride + 4 * q, 4);
+            const __m512i column = _mm512_set1_epi32(pair);
+            sum[j] = _mm512_dpbf16_ps(sum[j], (__m512bh)rows, (__m512bh)column);
           }
         }
-      }
-      float* to = sums_.data + j * kWidth;
-      for (int v = 0; v < kV; ++v, to += kLanes) {
-        _mm512_mask_storeu_ps(to, own[v], _mm512_add_ps(_mm512_loadu_ps(to), sum[v]));
+#pragma GCC unroll 8
+        for (int64_t j = 0; j < kTogether; ++j, to += kWidth) {
+          _mm512_mask_storeu_ps(to, own, _mm512_add_ps(_mm512_loadu_ps(to), sum[j]));
+        }
       }
     }
   }
@@ -251,6 +277,7 @@ class Strip {
   const Chunk& chunk_;
   const int64_t count_;
   std::vector<Span> spans_;  // of the chunk, counted from its first row
+  Scratch& scratch_;
   Buffer<float>& sums_;
   std::vector<uint32_t>& s_;
 };
@@ -265,35 +292,41 @@ void multiply_chunks(const Job& job) {
     chunk.x = packed.data + used;
     used += steps * kStepWords * kLanes * chunk.vectors;
   }
-  const auto count = int64_t(chunks.size());
-  in_parts(count * steps, x.rows * x.depth * 4, [&](int64_t lo, int64_t hi) {
-    for (int64_t c = lo / steps; c * steps < hi; ++c) {
-      const Chunk& chunk = chunks[c];
-      with_vectors(chunk.vectors, [&](auto v) {
-        pack<v>(lines_of(x, chunk.lo, chunk.hi), std::max<int64_t>(lo - c * steps, 0), std::min(hi - c * steps, steps),
-                chunk.x);
-      });
-    }
-  });
   std::vector<int64_t> ends{0};  // of each product's vectors of columns
   int64_t products = 0;
   for (const Product& product : job.products) {
     ends.push_back(ends.back() + (product.out.columns + kLanes - 1) / kLanes);
     products += x.rows * product.out.columns * x.depth;
   }
-  in_parts(ends.back(), products, [&](int64_t lo, int64_t hi) {
+  const std::vector<Shrink> items = shrinks(job);
+  const int64_t tasks = tasks_for(products, ends.back()), lines = (steps + kChunk - 1) / kChunk;
+  Phase packing(lines * int64_t(chunks.size())), shrinking(int64_t(items.size())), multiplying(tasks);
+  in_tasks(tasks, [&] {
+    packing.run([&](int64_t i) {
+      const Chunk& chunk = chunks[i / lines];
+      const int64_t from = i % lines * kChunk;
+      with_vectors(chunk.vectors, [&](auto v) {
+        pack<v>(lines_of(x, chunk.lo, chunk.hi), from, std::min(from + kChunk, steps), chunk.x);
+      });
+    });
+    shrinking.run([&](int64_t i) { shrink(job, x, items[i]); });
+    packing.wait();
+    shrinking.wait();
     Scratch scratch;
-    for (size_t p = 0; p < job.products.size(); ++p) {
-      const Product& product = job.products[p];
-      const int64_t end = std::min((std::min(hi, ends[p + 1]) - ends[p]) * kLanes, product.out.columns);
-      for (int64_t first = std::max<int64_t>(lo - ends[p], 0) * kLanes; first < end; first += kWide) {
-        for (const Chunk& chunk : chunks) {
-          with_vectors(chunk.vectors, [&](auto v) {
-            Strip<v>(job, chunk, scratch).run(product, first, std::min(kWide, end - first));
-          });
+    multiplying.run([&](int64_t i) {  // equal parts: the vector unit is what takes the time
+      const int64_t lo = ends.back() * i / tasks, hi = ends.back() * (i + 1) / tasks;
+      for (size_t p = 0; p < job.products.size(); ++p) {
+        const Product& product = job.products[p];
+        const int64_t end = std::min((std::min(hi, ends[p + 1]) - ends[p]) * kLanes, product.out.columns);
+        for (int64_t first = std::max<int64_t>(lo - ends[p], 0) * kLanes; first < end; first += kWide) {
+          for (const Chunk& chunk : chunks) {
+            with_vectors(chunk.vectors, [&](auto v) {
+              Strip<v>(job, chunk, scratch).run(product, first, std::min(kWide, end - first));
+            });
+          }
         }
       }
-    }
+    });
   });
 }
 
@@ -302,7 +335,7 @@ void multiply_chunks(const Job& job) {
 bool multiply_lanes(const Job& job) {
   if (job.words != Type::bf16 || !job.lefts[0].along) return false;
   const auto narrow = [](const Product& product) { return product.out.columns < kMostGroup; };
-  if (std::any_of(job.products.begin(), job.products.end(), narrow) || !shrink_few(job)) return false;
+  if (std::any_of(job.products.begin(), job.products.end(), narrow) || !along(job)) return false;
   multiply_chunks(job);
   return true;
 }

@@ -55,7 +55,7 @@ def checks_values(tensor: torch.Tensor) -> bool:
 
     Never while torch.compile traces: there are no values then.
     """
-    here = tensor.device.type == "cpu" or os.environ.get("RLHF_KERNELS_CHECK") == "1"
+    here = tensor.is_cpu or os.environ.get("RLHF_KERNELS_CHECK") == "1"
     return here and not torch.compiler.is_compiling()
 
 

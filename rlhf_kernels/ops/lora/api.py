@@ -134,10 +134,10 @@ def _projections(
         a_flat += a_list
         b_flat += b_list
     scales, scaling_tensor = check_scaling(scaling, n, x)
-    shape = x.shape[:-1]
-    rows = shape[0] if len(shape) == 1 else math.prod(shape)
+    *shape, features = x.shape
+    flat = x if len(shape) == 1 else x.reshape(math.prod(shape), features)
+    rows = flat.shape[0]
     grad_rows = check_grad_rows(grad_rows, rows, routing)
-    index, runs, order = check_routing(x, n, adapter_index, routing)
-    flat = x if x.ndim == 2 else x.reshape(rows, x.shape[-1])
+    index, runs, order = check_routing(x, rows, n, adapter_index, routing)
     ys = apply(flat, weights, biases, a_flat, b_flat, index, runs, scales, scaling_tensor, grad_rows, order)
-    return tuple(ys) if x.ndim == 2 else tuple(y.view(*shape, y.shape[1]) for y in ys)
+    return tuple(ys) if len(shape) == 1 else tuple(y.view(*shape, y.shape[1]) for y in ys)

@@ -42,10 +42,11 @@ def check_projection(
         raise ValueError(f"lora_a{at} has {len(a_list)} adapters, lora_b{at} {len(b_list)}; they must agree")
     stacked = isinstance(lora_a, Tensor) and isinstance(lora_b, Tensor)  # then the first stands for all
     for e, (a, b) in enumerate(zip(a_list[:1], b_list) if stacked else zip(a_list, b_list)):
-        if a.ndim != 2 or a.shape[1] != k:
-            raise ValueError(f"lora_a{at} of adapter {e} is {list(a.shape)}; it must be [r, {k}]")
-        if b.ndim != 2 or b.shape[0] != n_out or b.shape[1] != a.shape[0]:
-            raise ValueError(f"lora_b{at} of adapter {e} is {list(b.shape)}; it must be [{n_out}, {a.shape[0]}]")
+        size_a, size_b = a.shape, b.shape
+        if len(size_a) != 2 or size_a[1] != k:
+            raise ValueError(f"lora_a{at} of adapter {e} is {list(size_a)}; it must be [r, {k}]")
+        if len(size_b) != 2 or size_b[0] != n_out or size_b[1] != size_a[0]:
+            raise ValueError(f"lora_b{at} of adapter {e} is {list(size_b)}; it must be [{n_out}, {size_a[0]}]")
         for name, tensor in (("lora_a", a), ("lora_b", b)):
             if not tensor.is_floating_point():
                 raise TypeError(f"{name}{at} is {tensor.dtype}; it must be floating point")
@@ -66,7 +67,7 @@ def _unstack(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
         if value.ndim not in (2, 3):
             raise ValueError(f"{name} is {list(value.shape)}; it must be 3-D, [n, ...], or 2-D for one adapter")
         return [value] if value.ndim == 2 else list(value.unbind(0))
-    if not isinstance(value, (list, tuple)) or not all(isinstance(t, Tensor) for t in value):
+    if not isinstance(value, (list, tuple)) or not all([isinstance(t, Tensor) for t in value]):
         raise TypeError(f"{name} must be a tensor or a sequence of tensors, not {_what(value)}")
     return list(value)
 
@@ -138,9 +139,9 @@ def check_grad_rows(grad_rows: int | None, rows: int, routing: Routing | None) -
 
 
 def check_routing(
-    x: Tensor, n: int, adapter_index: Tensor | int | None, routing: Routing | None
+    x: Tensor, rows: int, n: int, adapter_index: Tensor | int | None, routing: Routing | None
 ) -> tuple[Tensor | None, list[int] | None, Tensor | None]:
-    """index, runs and order as `autograd.apply` takes them, for all rows of x."""
+    """index, runs and order as `autograd.apply` takes them, for all `rows` rows of x."""
     if isinstance(adapter_index, Tensor):
         if not is_index(adapter_index):
             raise TypeError(f"adapter_index is {adapter_index.dtype}; it must be an int tensor")
@@ -152,13 +153,12 @@ def check_routing(
             raise ValueError(f"adapter_index is on {adapter_index.device}, x on {x.device}; they must be on one device")
     elif adapter_index is not None and (isinstance(adapter_index, bool) or not isinstance(adapter_index, int)):
         raise TypeError(f"adapter_index is {_what(adapter_index)}; it must be an int tensor, an int or None")
-    rows = math.prod(x.shape[:-1])
     if routing is not None:
         return _expand(routing, rows, n, x.device)
     if isinstance(adapter_index, Tensor):
-        index = adapter_index.reshape(-1)
-        repeats = rows // index.numel() if index.numel() else 1
-        return (index if repeats == 1 else index.repeat_interleave(repeats, output_size=rows)), None, None
+        index = adapter_index if adapter_index.ndim == 1 else adapter_index.reshape(-1)
+        entries = index.shape[0]
+        return (index if entries in (0, rows) else index.repeat_interleave(rows // entries, output_size=rows)), None, None
     if adapter_index is None:
         if n != 1:
             raise ValueError(f"adapter_index is None with {n} adapters; say which adapter each row uses")

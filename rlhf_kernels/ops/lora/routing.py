@@ -6,7 +6,6 @@ run is a slice, and a slice of a GEMM's output can be accumulated in place witho
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -45,7 +44,7 @@ class Routing:
         if self.runs is not None:
             return list(self.runs)
         index = self.index
-        if index is None or index.device.type != "cpu" or torch.compiler.is_compiling():
+        if index is None or not index.is_cpu or torch.compiler.is_compiling():
             return None
         if not self._seen or not torch.equal(self._seen[0][0], index):  # a version counter would miss numpy and .data
             self._seen[:] = [(index.clone(), host_runs(index, self.adapters))]
@@ -114,24 +113,27 @@ def host_runs(index: Tensor, n: int) -> list[int] | None:
     rows = index.numel()
     if rows == 0:
         return []
-    if index.device.type != "cpu":
+    if not index.is_cpu:
         check_index(index, n)
         return None
+    runs: list[int] = []
+    start = 0
     if rows <= SHORT_INDEX:
-        groups = [(e, len(list(same))) for e, same in groupby(index.tolist())]
+        entries = index.tolist()
+        last = entries[0]
+        for row, e in enumerate(entries):
+            if e != last:
+                runs += (start, row, last)
+                start, last = row, e
+        runs += (start, rows, last)
     else:
         adapters, counts = torch.unique_consecutive(index, return_counts=True)
         if len(adapters) > max(8, 4 * n):
             check_index(adapters, n)
             return None
-        groups = list(zip(adapters.tolist(), counts.tolist()))
-    values = [e for e, _ in groups]
-    _check_range(min(values), max(values), n)
-    if len(groups) > max(8, 4 * n):
-        return None
-    runs: list[int] = []
-    start = 0
-    for e, count in groups:
-        runs += (start, start + count, e)
-        start += count
-    return runs
+        for e, count in zip(adapters.tolist(), counts.tolist()):
+            runs += (start, start + count, e)
+            start += count
+    found = runs[2::3]
+    _check_range(min(found), max(found), n)
+    return runs if len(found) <= max(8, 4 * n) else None

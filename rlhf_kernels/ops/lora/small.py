@@ -23,7 +23,7 @@ ops = torch.ops.rlhf_kernels
 
 
 def serves(x: Tensor, weights: Sequence[Tensor], lora_a: Sequence[Tensor], backward: bool) -> bool:
-    if backward or x.device.type != "cuda" or x.dtype not in DTYPES or torch.compiler.is_compiling():
+    if backward or not x.is_cuda or x.dtype not in DTYPES or torch.compiler.is_compiling():
         return False  # traced rows are no number: the op asks again when it runs
     return x.shape[0] <= MOST_ROWS and _built()
 

@@ -29,12 +29,12 @@ DTYPES = _dtypes()  # of x, that this machine has a unit for
 
 def serves(x: Tensor, weights: Sequence[Tensor], lora_a: Sequence[Tensor], backward: bool) -> bool:
     """Whether the kernels take these, and are the faster ones."""
-    if x.device.type != "cpu" or x.dtype not in DTYPES or type(x) not in (Tensor, torch.nn.Parameter):
+    if not x.is_cpu or x.dtype not in DTYPES or type(x) not in (Tensor, torch.nn.Parameter):
         return False
     rows = x.shape[0]
-    if rows < FEW and (rows == 0 or backward or not all(w.stride(1) == 1 for w in weights)):
+    if rows < FEW and (rows == 0 or backward or any([w.stride(1) != 1 for w in weights])):
         return False
-    return all(a.dtype in ADAPTER_DTYPES for a in lora_a)
+    return all([a.dtype in ADAPTER_DTYPES for a in lora_a])
 
 
 def forward(
@@ -54,7 +54,7 @@ def forward(
     rows = x.shape[0]
     ys = [x.new_empty(rows, weight.shape[0]) for weight in weights]
     s = x.new_empty(saved_rows, sum(widths(lora_a, len(weights)))) if saved_rows else None
-    some = [] if all(b is None for b in biases) else [x.new_empty(0) if b is None else _dense(b) for b in biases]
+    some = [x.new_empty(0) if b is None else _dense(b) for b in biases] if any([b is not None for b in biases]) else []
     torch.ops.rlhf_kernels.lora_tiles(
         _rows(x), _lines(weights), some, _lines(lora_a), _lines(lora_b), _index(index, runs), runs or [], scaling, ys, s
     )
@@ -106,13 +106,15 @@ def backward(
 
 def _rows(t: Tensor) -> Tensor:
     """A matrix of rows that each lie without gaps."""
-    return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
+    return t if t.is_contiguous() or t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
 
 
 def _lines(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Matrices whose rows or columns lie without gaps, of a dtype the kernels read."""
     return [
-        (t if 1 in t.stride() or min(t.shape) <= 1 else t.contiguous()) if t.dtype in ADAPTER_DTYPES else t.float()
+        (t if t.is_contiguous() or 1 in t.stride() or min(t.shape) <= 1 else t.contiguous())
+        if t.dtype in ADAPTER_DTYPES
+        else t.float()
         for t in tensors
     ]
 
