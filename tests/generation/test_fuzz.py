@@ -7,6 +7,7 @@ from generation_models import NAMES, model
 from reference_generation import check_rollout
 
 from rlhf_kernels.generation import SamplingParams, SlicedGenerator
+from rlhf_kernels.generation.graphs import SWITCH
 
 VOCABULARY = 131
 INT64 = 2**63
@@ -72,9 +73,18 @@ def test_random_calls_give_what_the_definition_gives(seed):
     assert close <= 1 + tokens // 1000
 
 
+@pytest.mark.parametrize("seed", [8, 9])
+def test_random_calls_in_static_steps_give_what_the_definition_gives(seed, monkeypatch):
+    monkeypatch.setenv(SWITCH, "1")
+    tokens, close = check_call(NAMES[seed % len(NAMES)], seed, most_prompts=5)
+    assert close <= 1 + tokens // 1000
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("static", ["0", "1"], ids=["steps as they come", "static steps"])
 @pytest.mark.parametrize("name", NAMES)
-def test_many_random_calls_give_what_the_definition_gives(name):
+def test_many_random_calls_give_what_the_definition_gives(name, static, monkeypatch):
+    monkeypatch.setenv(SWITCH, static)
     tokens, close = map(sum, zip(*(check_call(name, 1000 + seed, most_prompts=9) for seed in range(60))))
     assert tokens > 1500
     assert close <= 1 + tokens // 1000

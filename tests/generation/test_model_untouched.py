@@ -12,6 +12,7 @@ from generation_models import NAMES, generator, greedy, model, prompts
 from torch import nn
 
 from rlhf_kernels.generation import KVBudgetError, SlicedGenerator
+from rlhf_kernels.generation.graphs import SWITCH
 from rlhf_kernels.nn import HydraModel, LoraSpec
 from rlhf_kernels.nn.lora import lora_layers
 
@@ -148,8 +149,10 @@ def test_a_model_trains_after_generating_as_if_it_had_not(name):
         assert torch.equal(ours, plain)
 
 
+@pytest.mark.parametrize("static", ["0", "1"], ids=["steps as they come", "static steps"])
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_a_call_inside_a_gradient_mode_leaves_the_next_one_right(context):
+def test_a_call_inside_a_gradient_mode_leaves_the_next_one_right(context, static, monkeypatch):
+    monkeypatch.setenv(SWITCH, static)
     lm = model()
     gen = generator(lm)
     want = generator(lm).generate(GIVEN, PARAMS)
