@@ -72,10 +72,11 @@ def stages(out: Path, benchmarks: Sequence[str]) -> list[Stage]:
         sanitized("memcheck", "memcheck", 60, "all"),
         sanitized("racecheck", "racecheck", 60, "all"),
         # of our kernels alone: library GEMMs may read workspace that they do not use
-        sanitized("initcheck head", "initcheck", 25, "head", "--kernel-regex", "kns=head_"),
-        sanitized("initcheck logprob", "initcheck", 25, "logprob", "--kernel-regex", "kns=logprob_rows"),
-        sanitized("initcheck lora", "initcheck", 25, "lora", "--kernel-regex", "kns=lora_|shrink|expand|outer"),
-        sanitized("initcheck others", "initcheck", 25, "others", "--kernel-regex", "kns=sample_|gae|whiten|moments"),
+        sanitized("initcheck head", "initcheck", 20, "head", "--kernel-regex", "kns=head_"),
+        sanitized("initcheck logprob", "initcheck", 20, "logprob", "--kernel-regex", "kns=logprob_rows"),
+        sanitized("initcheck lora", "initcheck", 20, "lora", "--kernel-regex", "kns=lora_|shrink|expand|outer"),
+        sanitized("initcheck others", "initcheck", 20, "others", "--kernel-regex", "kns=sample_|gae|whiten|moments"),
+        sanitized("initcheck attention", "initcheck", 20, "attention", "--kernel-regex", "kns=attention_|arena_append"),
         *(_benchmark(name, out) for name in benchmarks),
     ]
 

@@ -5,7 +5,7 @@ The sizes are awkward on purpose (no multiples of a vector's width or a block's)
 
 import argparse
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -19,6 +19,8 @@ from rlhf_kernels import (
     masked_whiten,
     sample,
 )
+from rlhf_kernels.generation.arena import Arena
+from rlhf_kernels.ops.attention import sliced_attention, varlen_attention
 
 Save = Literal["grad_vector", "recompute", "logits"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -94,6 +96,33 @@ def _lora_once(
     _finite(*ys, x.grad, *(t.grad for some in (*a, *b) for t in some))
 
 
+def attention() -> None:
+    for dtype in DTYPES:
+        for heads, kv_heads, d, dv in ((3, 1, 20, 7), (4, 2, 64, 64)):
+            for window, softcap in ((None, None), (5, 3.0)):
+                options = {"window": window, "softcap": softcap}
+                _attention_once(dtype, heads, kv_heads, d, dv, options)
+
+
+def _attention_once(dtype: torch.dtype, heads: int, kv_heads: int, d: int, dv: int, options: dict[str, Any]) -> None:
+    def rows(tokens: int, of: int, dim: int) -> torch.Tensor:
+        return torch.randn(tokens, of, dim).to(dtype)
+
+    def counts(*numbers: int) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int32)
+
+    q, k, v = (x.requires_grad_() for x in (rows(75, heads, d), rows(75, kv_heads, d), rows(75, kv_heads, dv)))
+    out = varlen_attention(q, k, v, counts(0, 3, 3, 75), **options)
+    out.float().square().sum().backward()
+    _finite(out, q.grad, k.grad, v.grad)
+    arena = Arena([(kv_heads, d, dv)], "1MiB", 3, dtype, out.device)
+    arena.write(0, torch.arange(75), k, v)
+    table = torch.arange(25, dtype=torch.int32).repeat(2, 30)[:, :240]  # wide: the keys are split
+    for new in ((1, 1), (1, 40)):
+        place = counts(0, new[0], sum(new))
+        _finite(sliced_attention(q[: sum(new)], arena, 0, table, counts(70, 51), place, **options))
+
+
 def others() -> None:
     for dtype in DTYPES:
         for rows, vocabulary in ((9, 1003), (2, 17003)):  # the latter in several blocks a row, where there are clusters
@@ -116,7 +145,13 @@ def _finite(*tensors: torch.Tensor | None) -> None:
             raise FloatingPointError("an op gave a number that is not finite, or no gradient")
 
 
-OPS: dict[str, Callable[[], None]] = {"head": head, "logprob": logprobs, "lora": lora, "others": others}
+OPS: dict[str, Callable[[], None]] = {
+    "head": head,
+    "logprob": logprobs,
+    "lora": lora,
+    "attention": attention,
+    "others": others,
+}
 
 
 def main() -> None:

@@ -78,7 +78,8 @@ void Plan::share(const Span* members, int64_t count, int64_t begin, int64_t firs
                  const int32_t* lengths) {
   const auto length = [&](int64_t m) -> int64_t { return lengths[members[m].sequence]; };
   if (count == 1) {
-    add_span({members[0].sequence, std::max(begin, first_key(length(0) - 1)), length(0), first_query, 1});
+    begin = std::max(begin, first_key(length(0) - 1));
+    if (begin < length(0)) add_span({members[0].sequence, begin, length(0), first_query, 1});  // else all was shared
     return;
   }
   const int32_t *first = table.row(members[0].sequence), *last = table.row(members[count - 1].sequence);

@@ -1,6 +1,8 @@
 // A thread-block cluster (sm_90): blocks that run at the same time, meet at barriers and write into one another's
 // shared memory. Elsewhere a cluster is one block, and the same kernel text does without.
 #pragma once
+#include <type_traits>
+
 #include "cuda/common.cuh"
 
 namespace cuda_rows {
@@ -32,7 +34,7 @@ struct Cluster {
   // Writes to where `own`, in the own block's shared memory, lies in another block's. All blocks must have begun: after
   // a barrier.
   template <typename T>
-  __device__ void store(T* own, T value, int block) const {
+  __device__ void store(T* own, std::type_identity_t<T> value, int block) const {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8);
 #if defined(RLHF_CUDA_ON_HOST)
     *(blocks > 1 ? cuda_on_host::block.in_block(own, block) : own) = value;

@@ -23,10 +23,10 @@ std::tuple<Tensor, Tensor> sample_rows(Tensor logits, Tensor temperature, Tensor
   const OnDeviceOf device(logits);
   Tensor token = torch::stable::new_empty(logits, {rows}, ScalarType::Long);
   Tensor logprob = torch::stable::new_empty(logits, {rows}, ScalarType::Float);
-  const cuda_rows::SampleCall call{
-      data<float>(temperature), data<float>(min_p_cut), data<int64_t>(top_k),        data<double>(top_p),
-      data<uint64_t>(seed),     data<uint64_t>(stream), data<int64_t>(sample_index), data<int64_t>(position),
-      data<bool>(greedy),       data<int64_t>(token),   data<float>(logprob)};
+  const cuda_rows::SampleCall call{data<float>(temperature),    data<float>(min_p_cut),  data<int64_t>(top_k),
+                                   data<double>(top_p),         data<uint64_t>(seed),    data<uint64_t>(stream),
+                                   data<int64_t>(sample_index), data<int64_t>(position), data<bool>(greedy),
+                                   data<int64_t>(token),        data<float>(logprob)};
   int major = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, logits.get_device_index()));
   const auto run = [&](auto t) {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_kernels.memory_size import parse_bytes
 from rlhf_kernels.ops import registry
-from rlhf_kernels.ops.attention import native
+from rlhf_kernels.ops.attention import native, triton_tier
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
 
@@ -130,12 +130,18 @@ class Arena:
         """Puts tokens' keys and values in their places; a slot is slice * slice_tokens + offset.
 
         slots int64 [T];  k [T, kv_heads, k_dim];  v [T, kv_heads, v_dim], converted to the arena's dtype; no gradients.
-        Raises ValueError for shapes that do not fit and, on the CPU, IndexError for a slot outside the arena.
+        On a GPU a slot outside the arena is skipped: -1 pads a captured graph. Raises ValueError for shapes that do not
+        fit and, on the CPU, IndexError for a slot outside the arena.
         """
         keys, values = self.keys[layer], self.values[layer]
         self.check_rows(layer, slots, k, v)
+        backend = registry.choose("arena_write", keys)
+        if backend == "triton":
+            self.check_slots(slots)
+            triton_tier.arena_write(keys, values, slots, k.detach(), v.detach())
+            return
         k, v = k.detach().to(self.dtype), v.detach().to(self.dtype)
-        if registry.choose("arena_write", keys) == "native":
+        if backend == "native":
             try:  # the compiled op checks the slots as it reads them
                 native.arena_write(keys, values, slots, k, v)
             except RuntimeError:

@@ -39,7 +39,7 @@ class FirstStep:
         self._count(layer)
         return self.rows.attend(layer, *qkv, **options)
 
-    def rotate_and_attend(self, layer: int, *qkv: Tensor, **options: Any) -> Tensor:
+    def rotate_and_attend(self, layer: int, *qkv: Any, **options: Any) -> Tensor:
         self._count(layer)
         return self.rows.rotate_and_attend(layer, *qkv, **options)
 
@@ -49,19 +49,7 @@ class FirstStep:
         self.attended.add(layer)
 
 
-class FirstStepChecked:
-    """A forward whose first step of a generator's own (not a probe's, whose layers attend in several ways) is checked."""
-
-    _checked = False
-
-    def _rows(self, packed: SlicedRows) -> SlicedRows | FirstStep:
-        if self._checked or type(packed) is not SlicedRows:
-            return packed
-        self._checked = True
-        return FirstStep(packed)
-
-
-class HydraForward(FirstStepChecked):
+class HydraForward:
     """A role of a HydraModel, through its adapter."""
 
     def __init__(self, model: Any, role: str) -> None:
@@ -73,6 +61,7 @@ class HydraForward(FirstStepChecked):
             )
         self.model, self.role = model, role
         self.lm = model.base_model(role)
+        self._checked = False
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -80,10 +69,14 @@ class HydraForward(FirstStepChecked):
             yield
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, packed: SlicedRows, rows: Tensor) -> Tensor:
-        return self.model.decode(self.role, input_ids, position_ids, self._rows(packed), rows)
+        first = not self._checked and type(packed) is SlicedRows  # a probe's layers attend in several ways
+        checked: Any = FirstStep(packed) if first else packed
+        out = self.model.decode(self.role, input_ids, position_ids, checked, rows)
+        self._checked |= first
+        return out
 
 
-class PlainForward(FirstStepChecked):
+class PlainForward:
     """A transformers causal LM whose own attention implementation returns between steps."""
 
     def __init__(self, model: Any) -> None:
@@ -93,6 +86,7 @@ class PlainForward(FirstStepChecked):
         AttentionInterface.register(ATTENTION, packed_attention)
         self.lm = model
         self._configs = _configs(model)
+        self._checked = False
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -108,13 +102,15 @@ class PlainForward(FirstStepChecked):
                 config._attn_implementation_internal = name
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, packed: SlicedRows, rows: Tensor) -> Tensor:
+        first = not self._checked and type(packed) is SlicedRows  # a probe's layers attend in several ways
         out = self.lm(
             input_ids=input_ids[None],
             position_ids=position_ids[None],
             use_cache=False,
             logits_to_keep=rows,
-            packed=self._rows(packed),
+            packed=FirstStep(packed) if first else packed,
         )
+        self._checked |= first
         return out.logits[0]
 
 

@@ -21,7 +21,9 @@ from rlhf_kernels.generation.lean_parts import (
     ATTENTION_READS,
     GATED,
     HEAD_NORMS,
+    LAYER,
     LeanAttention,
+    LeanLayer,
     LeanLinear,
     LeanMLP,
     LeanNorm,
@@ -96,9 +98,12 @@ class LeanModules:
         finally:
             for trial in trials:
                 trial.part.module.__dict__.pop("forward", None)
-        self._parts = [trial.part for trial in trials if trial.passed]
-        within = {id(inner) for part in self._parts for inner in part.inner}
-        self._parts = [part for part in self._parts if id(part.module) not in within]
+        passed: list[Part] = []
+        for trial in trials:  # inner ones first: a sum hides what is wrong with a small term
+            if trial.passed and all(part in passed for part in trial.part.parts):
+                passed.append(trial.part)
+        within = {id(inner) for part in passed for inner in part.inner}
+        self._parts = [part for part in passed if id(part.module) not in within]
         self._proved = dtype
 
 
@@ -129,12 +134,12 @@ class Trial:
         got = got[0] if isinstance(got, tuple) else got
         if got.shape != want.shape or got.dtype != want.dtype:
             return float("inf")
-        error = ((got - want).float().norm() / want.float().norm()).item()
+        error = relative_error(got, want)
         return error if error == error else float("inf")
 
 
 class Probe(SlicedRows):
-    """A few short sequences in an arena of their own, which notes with what options each layer attends."""
+    """A few short sequences in an arena of their own, which notes what each layer attends with, and compares."""
 
     def __init__(self, lm: Any) -> None:
         shapes, count = layer_shapes(lm.config), len(LENGTHS)
@@ -148,26 +153,41 @@ class Probe(SlicedRows):
         vocabulary = lm.get_input_embeddings().weight.shape[0]
         self.tokens = torch.arange(1, len(slots) + 1) * 7919 % vocabulary
         self.options: dict[int, dict[str, Any]] = {}
+        self._rotated: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        self.options[layer] = options
+        self.options[layer], self._rotated[layer] = options, (q, k)
         return super().attend(layer, q, k, v, **options)
+
+    def rotate_and_attend(self, layer: int, q: Tensor, *rest: Any, **options: Any) -> Tensor:
+        """ValueError where q and k are not rotated as the module's own: weights near 0 would hide it in the output."""
+        out = super().rotate_and_attend(layer, q, *rest, **options)
+        places = self.slots // SLICE_TOKENS, slice(None), self.slots % SLICE_TOKENS
+        for mine, own in zip((q, self.arena.keys[layer][places]), self._rotated[layer]):
+            if not relative_error(mine, own) <= TOLERANCE[q.dtype]:
+                raise ValueError("q or k is rotated in another way")
+        return out
 
     def run(self, step: Step) -> None:
         step(self.tokens, self.positions, self, self.cu_q[1:].long() - 1)
 
 
+def relative_error(got: Tensor, want: Tensor) -> float:
+    return ((got - want).float().norm() / want.float().norm()).item()
+
+
 def candidates(lm: nn.Module) -> list[Part]:
     """A replacement for every module that is built as one expects."""
-    found: list[Part] = []
-    for module in lm.modules():
-        part = _candidate(module) if _untouched(module) else None
+    found: dict[nn.Module, Part] = {}
+    for module in reversed(list(lm.modules())):  # the inner ones first
+        part = _candidate(module, found) if _untouched(module) else None
         if part is not None and all(_untouched(inner) for inner in part.inner):
-            found.append(part)
-    return found
+            found[module] = part
+    return list(found.values())
 
 
-def _candidate(module: Any) -> Part | None:
+def _candidate(module: Any, inner: dict[nn.Module, Part]) -> Part | None:
+    """`inner`: the replacements of the modules in it."""
     if type(module) is nn.Linear:
         return LeanLinear(module)
     children, own = set(module._modules), set(module._parameters) | set(module._buffers)
@@ -178,9 +198,14 @@ def _candidate(module: Any) -> Part | None:
         return LeanMLP(module)
     if children - HEAD_NORMS == ATTENTION and not own and "apply_rotary_pos_emb" in reads:
         norms = [_norm(module._modules[name]) for name in sorted(children & HEAD_NORMS, reverse=True)]
-        alike = all(norm is not None and norm.module.weight.numel() == module.head_dim for norm in norms)
+        alike = all(norm is not None and norm.size == module.head_dim for norm in norms)
         if alike and len(norms) in (0, 2) and reads <= ATTENTION_READS | ATTENTION | HEAD_NORMS:
             return LeanAttention(module, [norm for norm in norms if norm is not None])
+    if children == reads == LAYER and not own:
+        parts = {name: inner.get(child) for name, child in module._modules.items()}
+        kinds = [type(parts[name]) for name in sorted(LAYER)]
+        if kinds == [LeanNorm, LeanMLP, LeanNorm, LeanAttention]:
+            return LeanLayer(module, parts)
     return None
 
 

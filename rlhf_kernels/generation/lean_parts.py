@@ -1,11 +1,11 @@
-"""What stands in for a decoder's modules in a generation step on the CPU: linears, gated MLPs, RMS norms, attentions.
+"""What stands in for a decoder's modules in a generation step on the CPU: linears, MLPs, RMS norms, attentions, layers.
 
 Each does what its module's forward does, on packed rows without gradients, in fewer passes: projections of one tensor
 in one product, norms and gates in one loop, rotary embedding on the way into the KV arena. `lean.py` decides which
 modules have one, and proves each against its module first. Parameters are read from the modules at every call.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -25,19 +25,26 @@ ATTENTION_READS = {  # what the forward of an attention may mention: a name beyo
     "attn_logit_softcapping", "contiguous", "eager_attention_forward", "get_interface", "getattr", "head_dim",
     "layer_idx", "reshape", "scaling", "shape", "sliding_window", "training", "transpose", "update", "view",
 }  # fmt: skip
+LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 NORM_STYLES = ((0.0, True), (1.0, False), (0.0, False))  # what is added to the weight; whether x / rms(x) is rounded
 
 
 class Part:
-    """A replacement: `module`, the `inner` modules it reads, and a call like the module's."""
+    """A replacement: `module`, the `inner` modules it reads, the `parts` it is made of, a call like the module's."""
 
-    def __init__(self, module: nn.Module, inner: Sequence[nn.Module] = ()) -> None:
-        self.module, self.inner = module, tuple(inner)
-        self._children = list(module._modules.values())
+    def __init__(self, module: nn.Module, inner: Sequence[nn.Module] = (), parts: Sequence["Part"] = ()) -> None:
+        self.module, self.inner, self.parts = module, tuple(inner), tuple(parts)
+        self._children = [(m, list(m._modules.values())) for m in (module, *inner)]
+        self._kinds = [type(m) for m in (module, *inner)]
 
     def current(self) -> bool:
-        """Whether the module still has the children it was made for."""
-        return all(map(is_, self._children, self.module._modules.values()))
+        """Whether the modules still have the children it was made for, and are of the kinds it was made for (a
+        parametrization changes a module's class)."""
+        children = (all(map(is_, before, module._modules.values())) for module, before in self._children)
+        return all(children) and all(map(is_, self._kinds, map(type, (self.module, *self.inner))))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
 
     def variants(self) -> Sequence[Any]:
         """Ways it may have to work; `choose` takes the one that proves right."""
@@ -64,6 +71,11 @@ class LeanNorm(Part):
     def __init__(self, module: nn.Module, eps: float) -> None:
         super().__init__(module)
         self.eps, (self.offset, self.round_first) = eps, NORM_STYLES[0]
+
+    @property
+    def size(self) -> int:
+        weight: Any = self.module.weight
+        return weight.numel()
 
     def variants(self) -> Sequence[Any]:
         return NORM_STYLES
@@ -106,8 +118,7 @@ class LeanAttention(Part):
         self.options: dict[str, Any] = {}
 
     def variants(self) -> Sequence[Any]:
-        styles = {id(norm): NORM_STYLES for norm in self.norms}
-        return NORM_STYLES if styles else (None,)
+        return NORM_STYLES if self.norms else (None,)
 
     def choose(self, variant: Any, probe: Any) -> None:
         self.options = probe.options[self.layer]
@@ -132,6 +143,30 @@ class LeanAttention(Part):
         cos, sin = position_embeddings
         out = packed.rotate_and_attend(self.layer, q, k, v, cos[0], sin[0], **self.options)
         return self.leave(out.view(tokens, -1))[0].unsqueeze(0), None
+
+
+class LeanLayer(Part):
+    """x + attention(norm(x)), and that + mlp(norm(that)), without a module's call for each."""
+
+    def __init__(self, module: Any, parts: Mapping[str, Any]) -> None:
+        super().__init__(
+            module, [inner for part in parts.values() for inner in (part.module, *part.inner)], [*parts.values()]
+        )
+        self.norm, self.attention = parts["input_layernorm"], parts["self_attn"]
+        self.second_norm, self.mlp = parts["post_attention_layernorm"], parts["mlp"]
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        packed: SlicedRows,
+        **kwargs: Any,
+    ) -> Tensor:
+        x, _ = self.attention(self.norm(hidden_states), position_embeddings, packed=packed)
+        x.add_(hidden_states)
+        return self.mlp(self.second_norm(x)).add_(x)
 
 
 def projections(modules: Sequence[nn.Module]) -> Projections:

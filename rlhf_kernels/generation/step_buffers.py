@@ -123,8 +123,8 @@ class DrawBuffers:
             self._host = (
                 torch.zeros_like(self._device, device="cpu", pin_memory=True) if device.type == "cuda" else self._device
             )
-        self.tokens = self._device[: 8 * draws].view(torch.int64)
-        self.logprobs = self._device[8 * draws :].view(torch.float32)
+            self.tokens = self._device[: 8 * draws].view(torch.int64)
+            self.logprobs = self._device[8 * draws :].view(torch.float32)
         array = self._host.numpy()
         self._read = array[: 8 * draws].view(np.int64), array[8 * draws :].view(np.float32)
 

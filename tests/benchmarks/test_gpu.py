@@ -12,12 +12,7 @@ from benchmarks import gpu, runner, small_shapes
 from benchmarks.registry import BENCHMARKS
 
 ROOT = Path(__file__).resolve().parents[2]
-INITIALISED = (
-    "head",
-    "logprob",
-    "lora",
-    "others",
-)  # ops whose kernels' reads of memory that was never written are looked for
+INITIALISED = ("head", "logprob", "lora", "others", "attention")  # whose reads of memory never written are looked for
 
 
 def python(code: str, name: str = "stage", limit_s: float = 30.0, **options) -> gpu.Stage:

@@ -1,5 +1,7 @@
 """A HydraModel generates through the named role's adapter, without merging it."""
 
+from weakref import WeakSet
+
 import pytest
 import torch
 from architectures import CONFIGS, build
@@ -81,15 +83,16 @@ def test_roles_on_bases_of_different_shapes_share_the_budget(monkeypatch):
     model = HydraModel({"base": build("llama"), "other": build("qwen3")}, roles=roles)
     params = SamplingParams(max_new_tokens=4, temperature=0)
     want = [SlicedGenerator(build(name), "1MiB").generate(GIVEN, params) for name in ("llama", "qwen3")]
-    arenas, acquire = [], Arena.acquire
-    monkeypatch.setattr(Arena, "acquire", lambda arena: (arenas.append(arena), acquire(arena))[1])
+    arenas: WeakSet[Arena] = WeakSet()
+    acquire = Arena.acquire
+    monkeypatch.setattr(Arena, "acquire", lambda arena: (arenas.add(arena), acquire(arena))[1])
     gen = SlicedGenerator(model, 1 << 20)
     gen.generate(GIVEN, params)
     one, two = (gen.stream(GIVEN, params, role=role) for role in roles)
     for stream, expected in ((two, want[1]), (one, want[0])):
         rollouts = sorted(stream, key=lambda r: r.prompt_index)
         assert [r.tokens for r in rollouts] == [r.tokens for r in expected]
-        assert sum(arena.nbytes for arena in set(arenas) if arena.held) <= gen.kv_memory
+        assert sum(arena.nbytes for arena in arenas if arena.held) <= gen.kv_memory
     gen.sleep()
     assert not any(arena.held for arena in arenas)
 

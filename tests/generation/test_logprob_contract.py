@@ -59,14 +59,14 @@ def test_fp32_logits_and_logprobs_are_those_of_the_plain_model(name, sharpness, 
     for r in generator(lm, 60, step_tokens=19).generate(given, EACH):
         params = EACH[r.prompt_index]
         want = full(lm, given[r.prompt_index], r.tokens)
-        scale = want.std().item() / min(params.temperature or 1.0, 1.0)
-        bound = max(1e-5, 4e-6 * scale)
+        scale = sharpness if name == "gemma2" else want.std().item()  # its softcap hides how large the logits were
+        bound = max(1e-5, 4e-6 * scale / min(params.temperature or 1.0, 1.0))
         difference = torch.tensor(r.logprobs).double() - logprobs(want, r.tokens, params.temperature)
         assert difference.abs().max() <= bound
         if params.rollouts == 1:
             start = len(given[r.prompt_index])
             got = torch.stack([found[r.prompt_index, start + i] for i in range(NEW)])
-            assert (got - want).abs().max() <= max(bound, 4e-6 * sharpness)  # a softcap hides how large they were
+            assert (got - want).abs().max() <= 3 * bound  # the largest of 131 a row; a wrong window is off by 0.1
 
 
 def rms(parts: list[torch.Tensor]) -> float:

@@ -1,6 +1,8 @@
 """The model is lent: after a call, an error or a closed stream it is as it was, and new weights are used at once."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -118,7 +120,10 @@ def test_the_model_is_as_it_was(kind, call):
     rollouts = gen.generate(GIVEN, PARAMS)
     assert state(lm) == before
 
-    assert rollouts == generator(of_kind(kind), 28).generate(GIVEN, PARAMS)
+    want = generator(of_kind(kind), 28).generate(GIVEN, PARAMS)
+    assert [r.tokens for r in rollouts] == [r.tokens for r in want]
+    for ours, theirs in zip(rollouts, want):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-5)
 
 
 def test_between_two_rollouts_of_a_stream_the_model_is_as_it_was():
@@ -254,3 +259,73 @@ def test_a_model_that_changes_its_dtype_gets_an_arena_of_that_dtype():
     after = gen.generate(GIVEN, PARAMS)
     assert after == SlicedGenerator(model().bfloat16(), "1MiB").generate(GIVEN, PARAMS)
     assert after != want
+
+
+def by_parametrization(lm):
+    """The module stays, its class and its weight do not."""
+    nn.utils.parametrize.register_parametrization(lm.model.layers[0].self_attn.q_proj, "weight", Halved())
+    nn.utils.parametrize.register_parametrization(lm.lm_head, "weight", Halved())
+
+
+class Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def by_hook(lm):
+    lm.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, args, out: out * 2)
+    lm.model.layers[1].input_layernorm.register_forward_pre_hook(lambda module, args: (args[0] + 0.5,))
+
+
+def by_replacement(lm):
+    mlp, attention = lm.model.layers[0].mlp, lm.model.layers[1].self_attn
+    mlp.act_fn = nn.GELU()
+    torch.manual_seed(5)
+    attention.o_proj = nn.Linear(attention.o_proj.in_features, attention.o_proj.out_features, bias=True)
+    lm.lm_head = nn.Linear(lm.lm_head.in_features, lm.lm_head.out_features, bias=True)
+
+
+def by_own_forward(lm):
+    mlp = lm.model.layers[0].mlp
+    mlp.forward = lambda x: -type(mlp).forward(mlp, x)
+
+
+def by_adapters(lm):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    torch.manual_seed(5)
+    peft.inject_adapter_in_model(config, lm)
+
+
+@pytest.mark.parametrize(
+    "change", [by_parametrization, by_hook, by_replacement, by_own_forward, by_adapters], ids=lambda c: c.__name__
+)
+def test_modules_that_change_between_calls_are_as_they_have_become(change):
+    lm = model()
+    gen = generator(lm)
+    before = gen.generate(GIVEN, PARAMS)
+    change(lm)
+    lm.eval()
+    after = gen.generate(GIVEN, PARAMS)
+    assert [r.tokens for r in after] != [r.tokens for r in before]
+    for prompt, params, rollout in zip(GIVEN, PARAMS, after):
+        ids = torch.tensor([prompt])
+        want = lm.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=params.max_new_tokens,
+            pad_token_id=0,
+        )
+        assert rollout.tokens == want[0, len(prompt) :].tolist()
+
+
+def test_a_model_and_its_generator_are_freed_when_nobody_holds_them():
+    lm = model()
+    gen = generator(lm)
+    gen.generate(GIVEN, PARAMS)
+    next(gen.stream(GIVEN, PARAMS))
+    found = weakref.ref(lm), weakref.ref(gen), weakref.ref(lm.lm_head)
+    del lm, gen
+    gc.collect()
+    assert [ref() for ref in found] == [None] * 3
