@@ -160,7 +160,7 @@ class Probe(SlicedRows):
         return super().attend(layer, q, k, v, **options)
 
     def rotate_and_attend(self, layer: int, q: Tensor, *rest: Any, **options: Any) -> Tensor:
-        """ValueError where q and k are not rotated as the module's own: weights near 0 would not show it in the output."""
+        """ValueError where q and k are not rotated as the module's own: with small weights outputs hide it."""
         out = super().rotate_and_attend(layer, q, *rest, **options)
         places = self.slots // SLICE_TOKENS, slice(None), self.slots % SLICE_TOKENS
         for mine, own in zip((q, self.arena.keys[layer][places]), self._rotated[layer]):
@@ -198,7 +198,7 @@ def _candidate(module: Any, inner: dict[nn.Module, Part]) -> Part | None:
         return LeanMLP(module)
     if children - HEAD_NORMS == ATTENTION and not own and "apply_rotary_pos_emb" in reads:
         norms = [_norm(module._modules[name]) for name in sorted(children & HEAD_NORMS, reverse=True)]
-        alike = all(norm is not None and norm.module.weight.numel() == module.head_dim for norm in norms)
+        alike = all(norm is not None and norm.width == module.head_dim for norm in norms)
         if alike and len(norms) in (0, 2) and reads <= ATTENTION_READS | ATTENTION | HEAD_NORMS:
             return LeanAttention(module, [norm for norm in norms if norm is not None])
     if children == reads == LAYER and not own:
