@@ -160,7 +160,7 @@ class Probe(SlicedRows):
         return super().attend(layer, q, k, v, **options)
 
     def rotate_and_attend(self, layer: int, q: Tensor, *rest: Any, **options: Any) -> Tensor:
-        """ValueError where q and k are not rotated as the module's own: weights near 0 would hide it in the output."""
+        """ValueError where q and k are not rotated as the module's own: with small weights outputs hide it."""
         out = super().rotate_and_attend(layer, q, *rest, **options)
         places = self.slots // SLICE_TOKENS, slice(None), self.slots % SLICE_TOKENS
         for mine, own in zip((q, self.arena.keys[layer][places]), self._rotated[layer]):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rlhf_kernels.integrations.transformers import SlicedRows
 from rlhf_kernels.nn.lora import LoRALinear
 from rlhf_kernels.nn.siblings import project
+from rlhf_kernels.ops.lora.tiles import ADAPTER_DTYPES
 
 Projections = Callable[[Tensor], list[Tensor]]  # x [rows, K] -> [rows, N_p] of each
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -30,7 +31,9 @@ NORM_STYLES = ((0.0, True), (1.0, False), (0.0, False))  # what is added to the 
 
 
 class Part:
-    """A replacement: `module`, the `inner` modules it reads, the `parts` it is made of, a call like the module's."""
+    """A replacement: `module`, the `inner` modules it reads, the `parts` it is made of; called like the module."""
+
+    __call__: Callable[..., Any]
 
     def __init__(self, module: nn.Module, inner: Sequence[nn.Module] = (), parts: Sequence["Part"] = ()) -> None:
         self.module, self.inner, self.parts = module, tuple(inner), tuple(parts)
@@ -42,9 +45,6 @@ class Part:
         parametrization changes a module's class)."""
         children = (all(map(is_, before, module._modules.values())) for module, before in self._children)
         return all(children) and all(map(is_, self._kinds, map(type, (self.module, *self.inner))))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
 
     def variants(self) -> Sequence[Any]:
         """Ways it may have to work; `choose` takes the one that proves right."""
@@ -70,7 +70,8 @@ class LeanNorm(Part):
 
     def __init__(self, module: nn.Module, eps: float) -> None:
         super().__init__(module)
-        self.eps, (self.offset, self.round_first) = eps, NORM_STYLES[0]
+        self.eps = eps
+        self.offset, self.round_first = NORM_STYLES[0]
 
     @property
     def size(self) -> int:
@@ -195,11 +196,29 @@ def _linears(modules: Sequence[Any]) -> Projections:
 
 
 def _routed(modules: Sequence[Any]) -> Projections:
-    routes = modules[0].routes
+    """The same beside the adapters of the running forward; `project` where the op cannot take them as they lie."""
+    routes, features = modules[0].routes, modules[0].in_features
+    widths = [module.out_features for module in modules]
+    biased = any(module.bias is not None for module in modules)
 
     def run(x: Tensor) -> list[Tensor]:
+        running, rows = routes.running, x.shape[0]
+        names, runs, scaling = [], [0, rows, -1], []
+        if running is not None:
+            names, runs, scaling = running.names, running.runs, running.scaling
+        found = [module.tensors(names) for module in modules]
+        a = [x.new_empty(0, features) if t is None else t for own in found for t in own[2::2]]
+        b = [x.new_empty(w, 0) if t is None else t for own, w in zip(found, widths) for t in own[3::2]]
+        if runs is None or runs[-2] != rows or not all(t.dtype in ADAPTER_DTYPES and t.is_contiguous() for t in a + b):
+            return project(modules, found, x, running)
+        ys = [x.new_empty(rows, width) for width in widths]
+        biases = [x.new_empty(0) if own[1] is None else own[1] for own in found] if biased else []
+        torch.ops.rlhf_kernels.lora_tiles(x, [own[0] for own in found], biases, a, b, None, runs, scaling, ys, None)
+        return ys
+
+    def projected(x: Tensor) -> list[Tensor]:
         running = routes.running
         names = [] if running is None else running.names
         return project(modules, [module.tensors(names) for module in modules], x, running)
 
-    return run
+    return projected if any(module.transposed for module in modules) else run

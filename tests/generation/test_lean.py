@@ -7,8 +7,11 @@ from generation_models import greedy, prompts, record_logits
 from torch import nn
 
 from rlhf_kernels.generation import SlicedGenerator, lean
-from rlhf_kernels.generation.forward import PlainForward
-from rlhf_kernels.integrations.transformers import SlicedRows
+from rlhf_kernels.generation.arena import Arena
+from rlhf_kernels.generation.forward import HydraForward, PlainForward
+from rlhf_kernels.integrations.transformers import PackedRows, SlicedRows
+from rlhf_kernels.nn import HydraModel, LoraSpec
+from rlhf_kernels.nn.lora import lora_layers
 from rlhf_kernels.ops import registry
 from rlhf_kernels.ops.lora.tiles import DTYPES
 
@@ -183,3 +186,24 @@ def test_logprobs_equal_those_of_the_models_own_forward(monkeypatch):
         want = own.gather(1, ids[0, len(prompt) :, None])[:, 0]
         assert (want - torch.tensor(rollout.logprobs)).abs().max() <= 1e-5
     assert seen
+
+
+def test_a_hydra_models_roles_run_lean_through_their_adapters():
+    torch.manual_seed(0)
+    model = HydraModel({"base": build("llama")}, adapters={"actor": LoraSpec(r=4), "critic": LoraSpec(r=3)})
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B["actor"], std=0.1)
+    lists = prompts([9, 1, 14])
+    flat, lengths = torch.cat([torch.tensor(tokens) for tokens in lists]), torch.tensor([9, 1, 14], dtype=torch.int32)
+    places = torch.cat([torch.arange(n) for n in (9, 1, 14)])
+    whole = PackedRows(torch.tensor([0, 9, 10, 24], dtype=torch.int32))
+    for role in ("actor", "reference"):
+        forward = HydraForward(model, role)
+        want = model.decode(role, flat, places, whole, torch.arange(24))
+        arena = Arena.from_config(forward.lm, "1MiB", 16)
+        slots = torch.cat([torch.arange(n) + 16 * i for i, n in enumerate((9, 1, 14))])
+        packed = SlicedRows(arena, slots, torch.arange(3, dtype=torch.int32)[:, None], lengths, whole.cu_seqlens)
+        with torch.no_grad(), forward.prepared():
+            assert replaced(forward.lm) == LEAN["llama"]
+            got = forward.logits(flat, places, packed, torch.arange(24))
+        assert lean.relative_error(got, want) < 2e-6
