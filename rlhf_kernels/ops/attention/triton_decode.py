@@ -25,9 +25,9 @@ def attention_decode(
     BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLICE: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """WHOLE: one split, out [tokens, heads, DV]. Else out fp32 [splits, tokens, heads, DV], each split's weighted sum of
-    values, and sums fp32 [2, splits, tokens, heads], its top score and its mass. Sequences of more than `few` queries are
-    left to `attention_forward`."""
+    """WHOLE: one split, out [tokens, heads, DV]. Else out fp32 [splits, tokens, heads, DV], each split's weighted sum
+    of values, and sums fp32 [2, splits, tokens, heads], its top score and its mass. Sequences of more than `few` queries
+    are left to `attention_forward`."""
     BQ: tl.constexpr = BM // GROUP
     b, h, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(cu + b)
@@ -74,7 +74,7 @@ def attention_merge(
     parts, sums, out, cu, context, tokens, window, few, span, splits, DV: tl.constexpr, BDV: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """out [tokens, heads, DV] from `attention_decode`'s splits, in order; only those with a key the row sees are read."""
+    """out [tokens, heads, DV] from `attention_decode`'s splits, in order; only those with a key that a row sees."""
     b, h, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     begin = tl.load(cu + b)
     count = tl.load(cu + b + 1) - begin
