@@ -26,8 +26,8 @@ def attention_decode(
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr, PRECISE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """WHOLE: one split, out [tokens, heads, DV]. Else out fp32 [splits, tokens, heads, DV], each split's weighted sum
-    of values, and sums fp32 [2, splits, tokens, heads], its top score and its mass. Sequences of more than `few` queries
-    are left to `attention_forward`."""
+    of values, and sums fp32 [2, splits, tokens, heads], its top score and its mass. Sequences of more than `few`
+    queries are left to `attention_forward`."""
     BQ: tl.constexpr = BM // GROUP
     b, h, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(cu + b)
