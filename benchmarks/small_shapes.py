@@ -98,7 +98,7 @@ def _lora_once(
 
 def attention() -> None:
     for dtype in DTYPES:
-        for heads, kv_heads, d, dv in ((3, 1, 20, 7), (4, 2, 64, 64)):
+        for heads, kv_heads, d, dv in ((3, 1, 20, 17), (4, 2, 64, 64)):
             for window, softcap in ((None, None), (5, 3.0)):
                 options = {"window": window, "softcap": softcap}
                 _attention_once(dtype, heads, kv_heads, d, dv, options)

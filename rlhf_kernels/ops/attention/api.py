@@ -63,7 +63,7 @@ def varlen_attention(
     _check_index("cu_seqlens", cu_seqlens, 1, q)
     options = _options(d, scale, window, softcap)
     backend = registry.choose("varlen_attention", q)
-    if backend == "triton" and triton_tier.fits(d, v.shape[2]):
+    if backend == "triton" and triton_tier.fits(d, v.shape[2], triton_tier.LEAST_DIM):
         if registry.checks_values(cu_seqlens):
             _check_borders("cu_seqlens", cu_seqlens, tokens)
         return triton_tier.varlen_attention(q, k, v, cu_seqlens, *options)

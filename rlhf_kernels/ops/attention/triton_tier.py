@@ -14,15 +14,16 @@ from rlhf_kernels.ops.logprob.triton_launch import device_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_DIM = 256  # of a key or value: wider ones do not fit a program's registers
+LEAST_DIM = 16  # with gradients: below it delta's few products do not average their rounding out
 
 for op in ("varlen_attention", "sliced_attention"):
     registry.serves(op, "triton", registry.triton_devices(), DTYPES)
 registry.serves("arena_write", "triton", registry.triton_devices(), (*DTYPES, torch.float64))
 
 
-def fits(d: int, dv: int) -> bool:
+def fits(d: int, dv: int, least: int = 1) -> bool:
     """Whether the kernels take keys of dim d and values of dim dv."""
-    return 0 < d <= MOST_DIM and 0 < dv <= MOST_DIM
+    return least <= min(d, dv) and max(d, dv) <= MOST_DIM
 
 
 def sliced_attention(

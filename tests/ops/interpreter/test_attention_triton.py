@@ -150,7 +150,7 @@ def test_a_sequence_of_nan_stays_alone_with_it_and_runs_repeat_their_bits(device
 
 
 def test_the_public_op_goes_through_the_kernels_and_is_differentiable_once(device):
-    inputs, _ = packed(device, [6, 3], 2, 1, 8, 8, F32)
+    inputs, _ = packed(device, [6, 3], 2, 1, 16, 16, F32)
     q, k, v = (x.requires_grad_() for x in inputs)
     out = public_varlen(q, k, v, borders([6, 3], device), window=4)
     assert "TritonVarlen" in type(out.grad_fn).__name__ or "triton" in out.grad_fn.name().lower()
@@ -166,8 +166,8 @@ def test_the_public_op_goes_through_the_kernels_and_is_differentiable_once(devic
 ])  # fmt: skip
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (33, 4.0)])
 def test_unusual_dims_and_groups(heads, kv_heads, d, dv, window, softcap, dtype, device, short_splits):
-    test_packed_rows_and_their_gradients_match_the_definition((heads, kv_heads, d, dv, window, softcap, dtype), device)
+    shape = (heads, kv_heads, d, dv, window, softcap, dtype)
+    if triton_tier.fits(d, dv, triton_tier.LEAST_DIM):
+        test_packed_rows_and_their_gradients_match_the_definition(shape, device)
     for slice_tokens in (1, 16):
-        test_rows_over_the_arena_match_the_definition(
-            (heads, kv_heads, d, dv, window, softcap, dtype), slice_tokens, device, None
-        )
+        test_rows_over_the_arena_match_the_definition(shape, slice_tokens, device, None)
