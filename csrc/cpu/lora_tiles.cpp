@@ -48,7 +48,7 @@ Type type_of(const Tensor& t) {
   }
 }
 
-constexpr int64_t kFew = 24, kSome = 64;  // rows up to which dots, and from there lanes, are the fastest
+constexpr int64_t kFew = 28, kSome = 64;  // rows up to which dots, and from there lanes, are the fastest
 constexpr int64_t kFewDots = 56;          // rows up to which packing W costs more than it saves, without lanes
 constexpr int64_t kFewMatrix = 16;        // the same beside a matrix unit, many times as fast as the vector unit
 
