@@ -35,10 +35,11 @@ format: build
 kernels: build
 	$(BIN)/python -m benchmarks.kernels
 
-# on a quiet machine: about a quarter of an hour
+# on a quiet machine: about twenty minutes
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks head --memory --json benchmarks/results/cpu/head.json
 	$(BIN)/python -m benchmarks lora --memory --json benchmarks/results/cpu/lora.json
+	$(BIN)/python -m benchmarks generation --json benchmarks/results/cpu/generation.json
 	$(BIN)/python -m benchmarks table benchmarks/results/*/*.json --write
 
 wheel: .venv/.tools

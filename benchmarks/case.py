@@ -4,8 +4,8 @@ Inputs are made when the case is built, once for all its contestants; a contesta
 only when it is to run, so that a fresh process that measures one contestant's memory loads no other's library.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 Run = Callable[[], object]
@@ -22,7 +22,8 @@ class Unavailable(Exception):
 class Target:
     """A promise about ours: `at_least` times better than `over`, or `at_most` that multiple of what `over` takes.
 
-    With `over` empty `at_most` is absolute, in seconds or bytes.
+    `over` is a contestant, or how the names of several begin: then the best of them. With `over` empty `at_most` is
+    absolute, in seconds or bytes.
     """
 
     over: str = ""
@@ -47,11 +48,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Check:
-    """A promise about what ours computes: an error that may be `at_most` this large."""
+    """A promise about what ours computes: an error, a share or a count that may be `at_most` this large."""
 
     what: str
     error: float
     at_most: float
+    quantity: Literal["error", "share", "count"] = "error"
+
+    def bound(self) -> str:
+        return f"<= {100 * self.at_most:g} %" if self.quantity == "share" else f"<= {self.at_most:g}"
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,10 @@ class Case:
     all: a slow one gets fewer rounds, but `least_rounds`. `rounds` is for a case that wants another number of
     them than its device. `checks()` compares results, once, after the clock. An `extra` case runs only where its name
     begins with what `--only` says.
+
+    `tokens`: how many tokens a contestant's run is worth. Contestants may then do different amounts of the work, and
+    speeds and targets in time compare times a token. `warmed`: contestants warm up as they are prepared, since a whole
+    run of the slow ones would take as long as the measurement.
     """
 
     name: str
@@ -76,6 +85,8 @@ class Case:
     rounds: int | None = None
     checks: Callable[[], list[Check]] | None = None
     extra: bool = False
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    warmed: bool = False
 
 
 def ready(run: Run) -> Prepare:

@@ -2,7 +2,14 @@
 
 from collections.abc import Callable, Iterable
 
-from benchmarks import gae, head, lora
+from benchmarks import attention, gae, generation, head, lora, sampling
 from benchmarks.case import Case
 
-BENCHMARKS: dict[str, Callable[[str], Iterable[Case]]] = {"gae": gae.cases, "head": head.cases, "lora": lora.cases}
+BENCHMARKS: dict[str, Callable[[str], Iterable[Case]]] = {
+    "attention": attention.cases,
+    "gae": gae.cases,
+    "generation": generation.cases,
+    "head": head.cases,
+    "lora": lora.cases,
+    "sampling": sampling.cases,
+}

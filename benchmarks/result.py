@@ -18,12 +18,18 @@ class Timing:
     ratio: float | None = None  # the base's median over this one's: above 1 is faster than the base
     peak_bytes: int | None = None  # above the inputs
     unavailable: str = ""
+    tokens: int | None = None  # that a run is worth; ratios are then of times a token
+
+    @property
+    def cost(self) -> float | None:
+        """Seconds, of a token where tokens are counted."""
+        return self.median_s / (self.tokens or 1) if self.median_s is not None else None
 
 
 @dataclass
 class Verdict:
-    """A target beside what was measured: a ratio to `over`, or, where that is empty, seconds or bytes. Or an error:
-    `over` then says of what.
+    """A target beside what was measured: a ratio to `over`, or, where that is empty, seconds or bytes. Or an error, a
+    share or a count: `over` then says of what.
 
     `measured` is None where one of the two did not run.
     """
@@ -46,6 +52,8 @@ class Verdict:
             ("memory", ">="): f"{self.measured:.1f}x less memory than {self.over}",
             ("memory", "<="): f"{self.measured:.2f}x the memory of {self.over}",
             ("error", "<="): f"{self.over}: relative error {self.measured:.1e}",
+            ("share", "<="): f"{self.over}: {100 * self.measured:.2f} %",
+            ("count", "<="): f"{self.over}: {self.measured:g}",
         }[self.quantity, self.bound[:2] if self.over else "absolute"]
         return f"{words}: target {self.bound}, {'met' if self.met else 'missed'}"
 

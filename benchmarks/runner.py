@@ -8,6 +8,7 @@ around the runs.
 
 import gc
 import math
+import operator
 import statistics
 import sys
 import time
@@ -18,7 +19,7 @@ from datetime import UTC, datetime
 import torch
 
 from benchmarks import machine
-from benchmarks.case import OURS, Case, Prepare, Run, Unavailable
+from benchmarks.case import OURS, Case, Prepare, Run, Target, Unavailable
 from benchmarks.memory import peak_in_fresh_process
 from benchmarks.result import Result, Timing, Verdict
 
@@ -68,33 +69,43 @@ def run_benchmark(
 def time_case(case: Case, rounds: int, device: str = "cpu", who: Collection[str] = ()) -> list[Timing]:
     """Times every contestant of `case`, interleaved, after warming each up; those that cannot run say why."""
     contestants = {n: c for n, c in case.build(False).items() if not who or any(text in n for text in who)}
-    found = {name: Timing(case.name, name) for name in contestants}
+    found = {name: Timing(case.name, name, tokens=case.tokens.get(name)) for name in contestants}
     runs: dict[str, Run] = {}
     repeats: dict[str, int] = {}
     for name, prepare in contestants.items():
         try:
-            runs[name], repeats[name] = _warmed_up(prepare, device)
+            runs[name], repeats[name] = (prepare(), 1) if case.warmed else _warmed_up(prepare, device)
         except Unavailable as why:
             found[name].unavailable = str(why)
-        except RuntimeError as error:  # of a compiler, a driver or memory: the others' times are still wanted
-            if name == OURS:
-                raise
-            found[name].unavailable = f"fails: {(str(error).splitlines() or [''])[0][:60]}"
+        except RuntimeError as error:
+            found[name].unavailable = _failed(name, error)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     gc.collect()
     gc.freeze()  # what is there now (the libraries' modules, mostly) takes 0.2 s to go through, each time
     for _ in range(rounds):
         gc.collect()
         for name, run in runs.items():
-            if within_budget(case, seconds[name], repeats[name]):
-                seconds[name].append(_seconds(run, device, repeats[name]))
+            if not found[name].unavailable and within_budget(case, seconds[name], repeats[name]):
+                try:
+                    seconds[name].append(_seconds(run, device, repeats[name]))
+                except RuntimeError as error:
+                    found[name].unavailable = _failed(name, error)
     gc.unfreeze()
-    medians = {name: statistics.median(s) for name, s in seconds.items()}
-    for name, s in seconds.items():
-        timing = found[name]
-        timing.median_s, timing.min_s, timing.max_s, timing.rounds = medians[name], min(s), max(s), len(s)
-        timing.ratio = medians[case.base] / medians[name] if case.base in medians else None
+    timed = {name: timing for name, timing in found.items() if name in runs and not timing.unavailable}
+    for name, timing in timed.items():
+        s = seconds[name]
+        timing.median_s, timing.min_s, timing.max_s, timing.rounds = statistics.median(s), min(s), max(s), len(s)
+    base = timed[case.base].cost if case.base in timed else None
+    for timing in timed.values():
+        timing.ratio = base / timing.cost if base and timing.cost else None
     return list(found.values())
+
+
+def _failed(name: str, error: RuntimeError) -> str:
+    """Of a compiler, a driver or memory: the others' times are still wanted, but not without ours."""
+    if name == OURS:
+        raise error
+    return f"fails: {(str(error).splitlines() or [''])[0][:60]}"
 
 
 def _warmed_up(prepare: Prepare, device: str) -> tuple[Run, int]:
@@ -152,13 +163,23 @@ def judge(case: Case, timings: list[Timing]) -> list[Verdict]:
     rows = {t.contestant: t for t in timings if t.case == case.name}
     verdicts = []
     for target in case.targets:
-        both = [rows.get(name) for name in (OURS, target.over)]
-        values = [getattr(t, "median_s" if target.quantity == "time" else "peak_bytes", None) for t in both]
-        mine, theirs = values[0], values[1] if target.over else 1.0
+        value = operator.attrgetter("cost" if target.quantity == "time" else "peak_bytes")
+        rival = _rival(rows, target, value)
+        mine, theirs = (None if t is None else value(t) for t in (rows.get(OURS), rival))
+        theirs = theirs if target.over else 1.0
         ratio = None if mine is None or theirs is None else target.ratio(mine, theirs)
         met = target.met(ratio) if ratio is not None else None
-        verdicts.append(Verdict(case.name, target.over, target.quantity, target.bound(), ratio, met))
+        over = rival.contestant if rival else target.over
+        verdicts.append(Verdict(case.name, over, target.quantity, target.bound(), ratio, met))
     return verdicts
+
+
+def _rival(rows: dict[str, Timing], target: Target, value: Callable[[Timing], float | None]) -> Timing | None:
+    """Whom a target speaks of: the one with this name, or the best of those whose names begin so."""
+    if not target.over or target.over in rows:
+        return rows.get(target.over)
+    ran = [t for t in rows.values() if t.contestant.startswith(target.over) and value(t) is not None]
+    return min(ran, key=lambda t: value(t) or 0.0, default=None)
 
 
 def checked(case: Case) -> list[Verdict]:
@@ -167,4 +188,4 @@ def checked(case: Case) -> list[Verdict]:
         found = case.checks() if case.checks else []
     except Unavailable:
         return []
-    return [Verdict(case.name, c.what, "error", f"<= {c.at_most:g}", c.error, c.error <= c.at_most) for c in found]
+    return [Verdict(case.name, c.what, c.quantity, c.bound(), c.error, c.error <= c.at_most) for c in found]

@@ -5,11 +5,22 @@ The sizes are awkward on purpose (no multiples of a vector's width or a block's)
 
 import argparse
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
-from rlhf_kernels import build_routing, gae, linear_logprob, logprob, lora_linear, lora_linears, sample
+from rlhf_kernels import (
+    build_routing,
+    gae,
+    linear_logprob,
+    logprob,
+    lora_linear,
+    lora_linears,
+    masked_whiten,
+    sample,
+)
+from rlhf_kernels.generation.arena import Arena
+from rlhf_kernels.ops.attention import sliced_attention, varlen_attention
 
 Save = Literal["grad_vector", "recompute", "logits"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -85,10 +96,47 @@ def _lora_once(
     _finite(*ys, x.grad, *(t.grad for some in (*a, *b) for t in some))
 
 
+def attention() -> None:
+    for dtype in DTYPES:
+        for heads, kv_heads, d, dv in ((3, 1, 20, 17), (4, 2, 64, 64)):
+            for window, softcap in ((None, None), (5, 3.0)):
+                options = {"window": window, "softcap": softcap}
+                _attention_once(dtype, heads, kv_heads, d, dv, options)
+
+
+def _attention_once(dtype: torch.dtype, heads: int, kv_heads: int, d: int, dv: int, options: dict[str, Any]) -> None:
+    def rows(tokens: int, of: int, dim: int) -> torch.Tensor:
+        return torch.randn(tokens, of, dim).to(dtype)
+
+    def counts(*numbers: int) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int32)
+
+    q, k, v = (x.requires_grad_() for x in (rows(75, heads, d), rows(75, kv_heads, d), rows(75, kv_heads, dv)))
+    out = varlen_attention(q, k, v, counts(0, 3, 3, 75), **options)
+    out.float().square().sum().backward()
+    _finite(out, q.grad, k.grad, v.grad)
+    arena = Arena([(kv_heads, d, dv)], "1MiB", 3, dtype, out.device)
+    arena.write(0, torch.arange(75), k, v)
+    table = torch.arange(25, dtype=torch.int32).repeat(2, 30)[:, :240]  # wide: the keys are split
+    for new in ((1, 1), (1, 40)):
+        place = counts(0, new[0], sum(new))
+        _finite(sliced_attention(q[: sum(new)], arena, 0, table, counts(70, 51), place, **options))
+
+
 def others() -> None:
-    _, drawn = sample(torch.randn(9, 1003), top_k=7, top_p=0.9, seed=1, stream=2, position=torch.arange(9))
-    _finite(drawn)
-    _finite(*gae(torch.randn(3, 17), torch.randn(3, 17)))
+    for dtype in DTYPES:
+        for rows, vocabulary in ((9, 1003), (2, 17003)):  # the latter in several blocks a row, where there are clusters
+            drawn = sample(
+                torch.randn(rows, vocabulary).to(dtype), top_k=7, top_p=0.9, min_p=0.01, seed=1, stream=2,
+                position=torch.arange(rows), greedy=torch.arange(rows) == 1,
+            )  # fmt: skip
+            _finite(*drawn)
+    rewards, values = torch.randn(2, 3, 1031, requires_grad=True).unbind()
+    mask = torch.rand(3, 1031) < 0.8
+    for kept in (None, mask):
+        advantages, returns = gae(rewards, values, kept)
+        (gradient,) = torch.autograd.grad((advantages + returns).sum(), rewards)
+        _finite(advantages, returns, gradient, masked_whiten(advantages.detach(), kept))
 
 
 def _finite(*tensors: torch.Tensor | None) -> None:
@@ -97,7 +145,13 @@ def _finite(*tensors: torch.Tensor | None) -> None:
             raise FloatingPointError("an op gave a number that is not finite, or no gradient")
 
 
-OPS: dict[str, Callable[[], None]] = {"head": head, "logprob": logprobs, "lora": lora, "others": others}
+OPS: dict[str, Callable[[], None]] = {
+    "head": head,
+    "logprob": logprobs,
+    "lora": lora,
+    "attention": attention,
+    "others": others,
+}
 
 
 def main() -> None:

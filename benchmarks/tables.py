@@ -7,6 +7,8 @@ from benchmarks.case import OURS
 from benchmarks.result import Result, Timing
 
 COLUMNS = ("contestant", "median ms", "min", "max", "rounds", "speed", "peak MiB")
+BENCHED = ("head", "lora", "generation")  # what `make bench` runs
+RATE = "tokens/s"  # one column more, after the first, where a case counts tokens
 
 
 def heading(result: Result) -> str:
@@ -30,6 +32,19 @@ def provenance(result: Result) -> str:
     if result.warning:
         parts.append(f"Warning: {result.warning}.")
     return " ".join(parts)
+
+
+def columns(timings: list[Timing]) -> tuple[str, ...]:
+    return (COLUMNS[0], RATE, *COLUMNS[1:]) if any(t.tokens for t in timings) else COLUMNS
+
+
+def rows(timings: list[Timing]) -> list[list[str]]:
+    """The rows of `columns`."""
+    found = [cells(timing) for timing in timings]
+    if RATE in columns(timings):
+        for row, timing in zip(found, timings):
+            row.insert(1, f"{1 / timing.cost:.0f}" if timing.tokens and timing.cost else "")
+    return found
 
 
 def cells(timing: Timing) -> list[str]:
@@ -63,13 +78,14 @@ def print_case(result: Result, case: str) -> None:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=110)
+        console = Console(width=120)
     table = Table(title=case, title_justify="left", title_style="bold")
-    for column in COLUMNS:
+    timings = by_case(result)[case]
+    for column in columns(timings):
         table.add_column(column, justify="left" if column == "contestant" else "right", no_wrap=True)
-    for timing in by_case(result)[case]:
+    for timing, row in zip(timings, rows(timings)):
         style = "bold" if timing.contestant == OURS else "dim" if timing.median_s is None else ""
-        table.add_row(*cells(timing), style=style)
+        table.add_row(*row, style=style)
     console.print(table)
     for verdict in result.verdicts:
         if verdict.case == case:
@@ -77,11 +93,11 @@ def print_case(result: Result, case: str) -> None:
 
 
 def markdown(results: Iterable[Result]) -> str:
-    """Every result as Markdown; where `head` or `lora` has none from a CPU or a GPU, that is said, with its targets."""
+    """Every result as Markdown; where one of `BENCHED` has none from a CPU or a GPU, that is said, with its targets."""
     found = list(results)
     measured = {(result.benchmark, result.device) for result in found}
     parts = [_result_markdown(result) for result in found]
-    for name in ("head", "lora"):
+    for name in BENCHED:
         if (name, "cpu") not in measured:
             parts.append(f"### `{name}` on a CPU: not measured\n\n`make bench` measures it.")
         if (name, "cuda") not in measured:
@@ -93,7 +109,7 @@ def _result_markdown(result: Result) -> str:
     parts = [f"### {heading(result)}", provenance(result)]
     for case, timings in by_case(result).items():
         parts.append(f"**{case}**")
-        parts.append(grid(COLUMNS, [cells(t) for t in timings], bold=OURS))
+        parts.append(grid(columns(timings), rows(timings), bold=OURS))
         verdicts = [f"- {v.sentence()}" for v in result.verdicts if v.case == case]
         if verdicts:
             parts.append("\n".join(verdicts))

@@ -5,7 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 // Rises with every change of a schema or of its meaning, here and in rlhf_kernels/ops/registry.py, which compares them.
-constexpr long kAbi = 3;
+constexpr long kAbi = 4;
 
 STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
   // logprob: row passes of the head over a block of logits, and the whole op for logits that are already there
@@ -64,7 +64,17 @@ STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
   m.def(
       "sliced_attention_forward(Tensor q, Tensor keys, Tensor values, Tensor slice_table, Tensor context_lens, "
       "Tensor cu_q, float scale, int window, float softcap) -> Tensor");
+  m.def(
+      "sliced_step(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor slice_table, "
+      "Tensor context_lens, Tensor cu_q, float scale, int window, float softcap) -> Tensor");
   m.def("arena_write(Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor k, Tensor v) -> ()");
+
+  // between a decoder's matrix products, in a generation step
+  m.def("rms_norm_rows(Tensor x, Tensor weight, float eps, float offset, bool round_first) -> Tensor");
+  m.def("silu_mul(Tensor(a!) gate, Tensor up) -> ()");
+  m.def(
+      "rotate_write(Tensor(a!) q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(b!) keys, Tensor(c!) values, "
+      "Tensor slots) -> ()");
 
   // advantage
   m.def(

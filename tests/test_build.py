@@ -19,10 +19,12 @@ SCHEMAS = {
     1: "fdf2547aae7535c1",
     2: "140d33c51ab2bcdc",
     3: "a986c17da8ffd9e3",
+    4: "5b0130a77f9eadd8",
 }  # ABI -> digest of the schemas that have it
 ROW_KERNELS = ("mass_chunk", "ratio_chunk", "exp_chunk", "js_chunk", "grad_plain", "grad_ratio", "block_weights")
 ROW_KERNELS += ("load_bf16", "load_half", "store_bf16", "store_half")
 
+PAIRED = r"avx512_bf16::attend_tile<[^>]*Pairs, \d>"
 UNITS = [("avx512_multiply", "vdpbf16ps"), ("float_multiply", "vfmadd"), ("amx_multiply", "tdpbf16ps")]
 
 built = pytest.mark.skipif(not registry.native_available(), reason="the compiled ops are not built")
@@ -77,6 +79,15 @@ def test_the_tile_kernels_use_their_units_and_keep_their_sums_in_registers(kerne
     assert instruction in code[1]
     spilled = [line for line in code[1].splitlines() if "%zmm" in line and re.search(r"\(%r[sb]p", line)]
     assert not spilled
+
+
+@built
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AVX512-BF16 is x86-64's")
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump (binutils) is not installed")
+def test_attention_multiplies_bf16_by_pairs():
+    tiles = re.findall(rf"<[^\n]*{PAIRED}\([^\n]*\)>:\n(.*?)\n\n", disassembly(), flags=re.DOTALL)
+    assert len(tiles) == 4
+    assert all(tile.count("vdpbf16ps") >= 8 for tile in tiles)
 
 
 def disassembly() -> str:

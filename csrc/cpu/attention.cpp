@@ -1,4 +1,4 @@
-// Attention over packed rows (forward and backward) and over the KV arena: arguments to jobs, jobs to threads.
+// Attention over packed rows (forward and backward) and over the KV arena: arguments to pieces, pieces to threads.
 // Shapes and dtypes are checked in Python; here only what needs the values: borders, lengths and slice indices.
 #include "attention.h"
 
@@ -8,53 +8,36 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <tuple>
 #include <vector>
+
+#include "attention_plan.h"
+#include "buffer.h"
 
 using torch::stable::Tensor;
 
 namespace rlhf_kernels::attention {
 namespace {
 
-constexpr int64_t JOB_ROWS = 128;  // rows (tokens x heads of a group) of one forward job: keys are packed once for them
-constexpr int64_t SERIAL_COST = 1 << 19;  // multiply-adds below which waking a second thread costs more than it saves
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-std::unique_ptr<float[], Free> make_scratch(int64_t floats) {
-  return std::unique_ptr<float[], Free>(static_cast<float*>(std::aligned_alloc(64, padded(floats) * sizeof(float))));
-}
+constexpr int64_t SERIAL_COST = 1 << 19;   // of the backward pass, multiply-adds: as in attention_plan.cpp
+constexpr int64_t SERIAL_BYTES = 1 << 20;  // of a write to the arena: below it one thread is as fast
 
 Tensor dense_rows(const Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 ? x : torch::stable::contiguous(x); }
 
-// Runs the jobs on the pool's threads, each a stretch of about the same cost. A job is (cost, scratch floats, ...).
-template <typename Job>
-void run(const std::vector<Job>& jobs, const std::vector<int64_t>& costs, int64_t scratch_floats,
-         void (*kernel)(const Job&, float*)) {
-  int64_t total = 0;
-  for (int64_t cost : costs) total += cost;
-  const auto n = static_cast<int64_t>(jobs.size());
-  const int64_t parts = total < SERIAL_COST ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), n);
-  if (parts <= 1) {
-    auto scratch = make_scratch(scratch_floats);
-    for (const Job& job : jobs) kernel(job, scratch.get());
-    return;
+bool is_float(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::Float; }
+
+// One thread's memory for as long as it lives: an allocation a call would be as long as a short call's work.
+float* scratch_of_thread(int64_t floats) {
+  thread_local std::unique_ptr<Buffer<float>> held;
+  thread_local int64_t size = 0;
+  if (floats > size) {
+    held.reset();
+    held = std::make_unique<Buffer<float>>(floats);
+    size = floats;
   }
-  std::vector<int64_t> borders(parts + 1, n);
-  borders[0] = 0;
-  int64_t sum = 0, part = 1;
-  for (int64_t i = 0; i < n && part < parts; ++i) {
-    sum += costs[i];
-    while (part < parts && sum * parts >= total * part) borders[part++] = i + 1;
-  }
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t low, int64_t high) {
-    auto scratch = make_scratch(scratch_floats);
-    for (int64_t i = borders[low]; i < borders[high]; ++i) kernel(jobs[i], scratch.get());
-  });
+  return held->data;
 }
 
 const int32_t* checked_borders(const Tensor& borders, int64_t tokens) {
@@ -70,53 +53,104 @@ Options options_of(const Tensor& q, int64_t kv_heads, int64_t dv, double scale, 
   return {q.size(2), dv, q.size(1) / kv_heads, static_cast<float>(scale), window, static_cast<float>(softcap)};
 }
 
-// Adds the jobs of one sequence and key/value head: `job` is filled up to its first token.
+// The tensors of a forward pass as its jobs see them.
 template <typename T>
-void add_jobs(ForwardJob<T> job, int64_t tokens, std::vector<ForwardJob<T>>& jobs, std::vector<int64_t>& costs) {
-  const int64_t start = job.first_position, step = std::max<int64_t>(1, JOB_ROWS / job.options.group);
-  const ForwardJob<T> whole = job;
-  for (int64_t t = 0; t < tokens; t += step) {
-    job.tokens = std::min(step, tokens - t);
-    job.first_position = start + t;
-    job.q = whole.q + t * whole.q_token;
-    job.out = whole.out + t * whole.out_token;
-    job.lse = whole.lse ? whole.lse + t * whole.lse_token : nullptr;
-    const int64_t end = job.first_position + job.tokens, window = job.options.window;
-    const int64_t keys = window ? std::min(end, window + job.tokens) : end;
-    costs.push_back(keys * (job.tokens * job.options.group + 4) * (job.options.d + job.options.dv));
-    jobs.push_back(job);
+struct Operands {
+  const T *q, *k, *v;
+  int64_t q_token, q_head, k_token, k_head, v_token, v_head;
+  T* out;
+  int64_t heads, kv_heads;
+  float* lse = nullptr;
+  const int32_t* borders = nullptr;  // of packed sequences; null: they lie in slices
+  SliceTable table = {};
+  int64_t k_slice = 0, v_slice = 0;
+
+  KeyRows<T> keys(int64_t sequence, int64_t head) const {
+    const T *k0 = k + head * k_head, *v0 = v + head * v_head;
+    if (borders) return {k0 + borders[sequence] * k_token, v0 + borders[sequence] * v_token, k_token, v_token};
+    return {k0, v0, k_token, v_token, table.row(sequence), table.slice_tokens, k_slice, v_slice};
   }
-}
+};
+
+// A job and what it points to.
+template <typename T>
+struct Unit {
+  ForwardJob<T> job;
+  std::vector<Token<T>> tokens;
+  std::vector<Phase<T>> phases;
+
+  void set_queries(const Options& options, const Operands<T>& of, const Plan& plan, int64_t first, int64_t count,
+                   int64_t head) {
+    tokens.resize(size_t(count));
+    for (int64_t i = 0; i < count; ++i) {
+      const Query& query = plan.queries[size_t(first + i)];
+      const int64_t h = head * options.group, row = query.token * of.heads + h;
+      tokens[size_t(i)] = {of.q + query.token * of.q_token + h * of.q_head, of.out + row * options.dv,
+                           of.lse ? of.lse + row : nullptr, query.position};
+    }
+    job = {options, of.q_head, tokens.data(), count, nullptr, 0};
+  }
+
+  void set(const Options& options, const Operands<T>& of, const Plan& plan, int64_t index, float* states) {
+    const Piece& piece = plan.pieces[size_t(index / of.kv_heads)];
+    const int64_t head = index % of.kv_heads;
+    set_queries(options, of, plan, piece.first_query, piece.queries, head);
+    phases.resize(size_t(piece.spans));
+    for (int64_t i = 0; i < piece.spans; ++i) {
+      const Span& span = plan.spans[size_t(piece.first_span + i)];
+      phases[size_t(i)] = {of.keys(span.sequence, head), span.begin, span.end, span.first_query, span.queries};
+    }
+    job.phases = phases.data(), job.phase_count = piece.spans;
+    if (piece.split < 0) return;
+    const int64_t rows = piece.queries * options.group;
+    const int64_t at = head * plan.states + plan.splits[size_t(piece.split)].states + piece.first_chunk * rows;
+    job.states = states + at * state_floats(options);
+  }
+};
 
 template <typename T>
-void varlen_forward_typed(const Tensor& q, const Tensor& k, const Tensor& v, const int32_t* borders, int64_t sequences,
-                          const Options& options, Tensor& out, Tensor& lse) {
-  std::vector<ForwardJob<T>> jobs;
-  std::vector<int64_t> costs;
-  const int64_t heads = q.size(1), kv_heads = k.size(1), group = options.group, dv = options.dv;
-  const auto *qp = static_cast<const T*>(q.data_ptr()), *kp = static_cast<const T*>(k.data_ptr()),
-             *vp = static_cast<const T*>(v.data_ptr());
-  for (int64_t b = 0; b < sequences; ++b) {
-    for (int64_t g = 0; g < kv_heads; ++g) {
-      const int64_t first = borders[b], h = g * group;
-      ForwardJob<T> job{options};
-      job.keys = {kp + first * k.stride(0) + g * k.stride(1), vp + first * v.stride(0) + g * v.stride(1), k.stride(0),
-                  v.stride(0)};
-      job.q = qp + first * q.stride(0) + h * q.stride(1);
-      job.q_token = q.stride(0), job.q_head = q.stride(1);
-      job.out = static_cast<T*>(out.data_ptr()) + (first * heads + h) * dv;
-      job.out_token = heads * dv;
-      job.lse = static_cast<float*>(lse.data_ptr()) + first * heads + h;
-      job.lse_token = heads;
-      job.first_position = 0;
-      add_jobs(job, borders[b + 1] - first, jobs, costs);
+void run(const Options& options, const Operands<T>& of, const Plan& plan) {
+  const int64_t parts = plan.parts(), units = int64_t(plan.pieces.size()) * of.kv_heads;
+  const int64_t width = state_floats(options);
+  const Buffer<float> states(plan.states * of.kv_heads * width);
+  const int64_t scratch_floats = forward_scratch(options, plan.most_queries());
+  const auto some = [&](int64_t low, int64_t high) {
+    float* scratch = scratch_of_thread(scratch_floats);
+    Unit<T> two[2];
+    if (low < high) two[low % 2].set(options, of, plan, low, states.data);
+    for (int64_t i = low; i < high; ++i) {
+      if (i + 1 < high) two[(i + 1) % 2].set(options, of, plan, i + 1, states.data);
+      forward(two[i % 2].job, i + 1 < high ? &two[(i + 1) % 2].job : nullptr, scratch);
+    }
+  };
+  if (parts <= 1) {
+    some(0, units);
+  } else {
+    torch::stable::parallel_for(
+        0, parts, 1, [&](int64_t low, int64_t high) { some(plan.border(low, parts), plan.border(high, parts)); });
+  }
+  for (const Split& split : plan.splits) {
+    for (int64_t head = 0; head < of.kv_heads; ++head) {
+      Unit<T> unit;
+      unit.set_queries(options, of, plan, split.first_query, split.queries, head);
+      finish(unit.job, states.data + (head * plan.states + split.states) * width, split.chunks,
+             scratch_of_thread(scratch_floats));
     }
   }
-  run(jobs, costs, forward_scratch(options, std::max<int64_t>(1, JOB_ROWS / group)),
-      static_cast<void (*)(const ForwardJob<T>&, float*)>(&forward));
 }
 
-bool is_float(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::Float; }
+template <typename T>
+void varlen_typed(const Tensor& q, const Tensor& k, const Tensor& v, const int32_t* borders, int64_t sequences,
+                  const Options& options, Tensor& out, Tensor& lse) {
+  const auto at = [](const Tensor& x) { return static_cast<T*>(x.data_ptr()); };
+  Operands<T> of{at(q),       at(k),       at(v),       q.stride(0), q.stride(1), k.stride(0),
+                 k.stride(1), v.stride(0), v.stride(1), at(out),     q.size(1),   k.size(1)};
+  of.lse = static_cast<float*>(lse.data_ptr()), of.borders = borders;
+  Plan plan(options, of.kv_heads, torch::stable::get_num_threads());
+  for (int64_t b = 0; b < sequences; ++b) plan.add(b, borders[b], borders[b + 1] - borders[b], 0);
+  plan.balance();
+  run(options, of, plan);
+}
 
 std::tuple<Tensor, Tensor> varlen_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, double scale, int64_t window,
                                           double softcap) {
@@ -128,11 +162,36 @@ std::tuple<Tensor, Tensor> varlen_forward(Tensor q, Tensor k, Tensor v, Tensor c
   Tensor lse = torch::stable::new_empty(q, {tokens, heads}, torch::headeronly::ScalarType::Float);
   const int64_t sequences = cu_seqlens.size(0) - 1;
   if (is_float(q)) {
-    varlen_forward_typed<float>(q, k, v, borders, sequences, options, out, lse);
+    varlen_typed<float>(q, k, v, borders, sequences, options, out, lse);
   } else {
-    varlen_forward_typed<bf16_bits>(q, k, v, borders, sequences, options, out, lse);
+    varlen_typed<bf16_bits>(q, k, v, borders, sequences, options, out, lse);
   }
   return {out, lse};
+}
+
+// Runs the jobs on the pool's threads, each a stretch of about the same cost.
+template <typename T>
+void run(const std::vector<BackwardJob<T>>& jobs, const std::vector<int64_t>& costs, int64_t scratch_floats) {
+  int64_t total = 0;
+  for (int64_t cost : costs) total += cost;
+  const auto n = static_cast<int64_t>(jobs.size());
+  const int64_t parts = total < SERIAL_COST ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), n);
+  if (parts <= 1) {
+    const Buffer<float> scratch(scratch_floats);
+    for (const auto& job : jobs) backward(job, scratch.data);
+    return;
+  }
+  std::vector<int64_t> borders(size_t(parts + 1), n);
+  borders[0] = 0;
+  int64_t sum = 0, part = 1;
+  for (int64_t i = 0; i < n && part < parts; ++i) {
+    sum += costs[size_t(i)];
+    while (part < parts && sum * parts >= total * part) borders[size_t(part++)] = i + 1;
+  }
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t low, int64_t high) {
+    const Buffer<float> scratch(scratch_floats);
+    for (int64_t i = borders[size_t(low)]; i < borders[size_t(high)]; ++i) backward(jobs[size_t(i)], scratch.data);
+  });
 }
 
 template <typename T>
@@ -166,7 +225,7 @@ void varlen_backward_typed(const Tensor& grad, const Tensor& q, const Tensor& k,
       jobs.push_back(job);
     }
   }
-  run(jobs, costs, backward_scratch(options, longest), static_cast<void (*)(const BackwardJob<T>&, float*)>(&backward));
+  run(jobs, costs, backward_scratch(options, longest));
 }
 
 std::tuple<Tensor, Tensor, Tensor> varlen_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
@@ -187,35 +246,26 @@ std::tuple<Tensor, Tensor, Tensor> varlen_backward(Tensor grad, Tensor q, Tensor
 }
 
 template <typename T>
-void sliced_typed(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& slice_table,
-                  const int32_t* context_lens, const int32_t* borders, const Options& options, Tensor& out) {
-  std::vector<ForwardJob<T>> jobs;
-  std::vector<int64_t> costs;
-  const int64_t heads = q.size(1), kv_heads = keys.size(1), dv = options.dv;
-  const auto* table = static_cast<const int32_t*>(slice_table.data_ptr());
-  for (int64_t b = 0; b < slice_table.size(0); ++b) {
-    const int64_t first = borders[b], tokens = borders[b + 1] - first;
-    for (int64_t g = 0; g < kv_heads; ++g) {
-      const int64_t h = g * options.group;
-      ForwardJob<T> job{options};
-      job.keys = {static_cast<const T*>(keys.data_ptr()) + g * keys.stride(1),
-                  static_cast<const T*>(values.data_ptr()) + g * values.stride(1),
-                  keys.stride(2),
-                  values.stride(2),
-                  table + b * slice_table.stride(0),
-                  keys.size(2),
-                  keys.stride(0),
-                  values.stride(0)};
-      job.q = static_cast<const T*>(q.data_ptr()) + first * q.stride(0) + h * q.stride(1);
-      job.q_token = q.stride(0), job.q_head = q.stride(1);
-      job.out = static_cast<T*>(out.data_ptr()) + (first * heads + h) * dv;
-      job.out_token = heads * dv;
-      job.first_position = context_lens[b] - tokens;
-      add_jobs(job, tokens, jobs, costs);
+void sliced_typed(const Tensor& q, const Tensor& keys, const Tensor& values, const SliceTable& table,
+                  const int32_t* lengths, const int32_t* borders, int64_t sequences, const Options& options,
+                  Tensor& out) {
+  const auto at = [](const Tensor& x) { return static_cast<T*>(x.data_ptr()); };
+  Operands<T> of{at(q),          at(keys),         at(values),       q.stride(0), q.stride(1), keys.stride(2),
+                 keys.stride(1), values.stride(2), values.stride(1), at(out),     q.size(1),   keys.size(1)};
+  of.table = table, of.k_slice = keys.stride(0), of.v_slice = values.stride(0);
+  Plan plan(options, of.kv_heads, torch::stable::get_num_threads());
+  std::vector<Span> steps;  // sequences with one query
+  for (int64_t b = 0; b < sequences; ++b) {
+    const int64_t tokens = borders[b + 1] - borders[b];
+    if (tokens == 1) {
+      steps.push_back({b, 0, 0, borders[b], 1});
+    } else {
+      plan.add(b, borders[b], tokens, lengths[b] - tokens);
     }
   }
-  run(jobs, costs, forward_scratch(options, std::max<int64_t>(1, JOB_ROWS / options.group)),
-      static_cast<void (*)(const ForwardJob<T>&, float*)>(&forward));
+  plan.add_sharing(steps, table, lengths);
+  plan.balance();
+  run(options, of, plan);
 }
 
 Tensor sliced_forward(Tensor q, Tensor keys, Tensor values, Tensor slice_table, Tensor context_lens, Tensor cu_q,
@@ -224,48 +274,70 @@ Tensor sliced_forward(Tensor q, Tensor keys, Tensor values, Tensor slice_table, 
   if (slice_table.stride(1) != 1) slice_table = torch::stable::contiguous(slice_table);
   const int32_t* borders = checked_borders(cu_q, q.size(0));
   const auto* lengths = static_cast<const int32_t*>(context_lens.data_ptr());
-  const auto* table = static_cast<const int32_t*>(slice_table.data_ptr());
-  const int64_t slice_tokens = keys.size(2), num_slices = keys.size(0);
-  for (int64_t b = 0; b < slice_table.size(0); ++b) {
+  const int64_t num_slices = keys.size(0), sequences = slice_table.size(0);
+  const SliceTable table{static_cast<const int32_t*>(slice_table.data_ptr()), slice_table.stride(0), keys.size(2)};
+  for (int64_t b = 0; b < sequences; ++b) {
     STD_TORCH_CHECK(lengths[b] >= borders[b + 1] - borders[b], "context_lens: fewer than the queries");
-    const int64_t slices = (lengths[b] + slice_tokens - 1) / slice_tokens;
+    const int64_t slices = (lengths[b] + table.slice_tokens - 1) / table.slice_tokens;
     STD_TORCH_CHECK(slices <= slice_table.size(1), "slice_table: too narrow");
     for (int64_t i = 0; i < slices; ++i) {
-      const int32_t slice = table[b * slice_table.stride(0) + i];
+      const int32_t slice = table.row(b)[i];
       STD_TORCH_CHECK(slice >= 0 && slice < num_slices, "slice_table: out of range");
     }
   }
   const Options options = options_of(q, keys.size(1), values.size(3), scale, window, softcap);
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), values.size(3)});
   if (is_float(q)) {
-    sliced_typed<float>(q, keys, values, slice_table, lengths, borders, options, out);
+    sliced_typed<float>(q, keys, values, table, lengths, borders, sequences, options, out);
   } else {
-    sliced_typed<bf16_bits>(q, keys, values, slice_table, lengths, borders, options, out);
+    sliced_typed<bf16_bits>(q, keys, values, table, lengths, borders, sequences, options, out);
   }
   return out;
 }
 
-// Copies tokens [T, heads, width] to their slots of a plane [num_slices, heads, slice_tokens, width].
-void write_plane(Tensor& plane, const int64_t* slots, const Tensor& rows) {
-  const int64_t bytes = is_float(plane) ? 4 : 2, width = plane.size(3) * bytes, slice_tokens = plane.size(2);
-  auto* to = static_cast<char*>(plane.data_ptr());
-  const auto* from = static_cast<const char*>(rows.data_ptr());
-  for (int64_t t = 0; t < rows.size(0); ++t) {
-    char* place = to + (slots[t] / slice_tokens * plane.stride(0) + slots[t] % slice_tokens * plane.stride(2)) * bytes;
-    for (int64_t h = 0; h < rows.size(1); ++h) {
-      std::memcpy(place + h * plane.stride(1) * bytes, from + (t * rows.stride(0) + h * rows.stride(1)) * bytes, width);
-    }
+// A plane of the arena [num_slices, heads, slice_tokens, width] and the tokens [T, heads, width] that go into it; all
+// in bytes.
+struct Plane {
+  char* to;
+  const char* from;
+  int64_t slice, head, place, token, token_head, width;
+
+  Plane(Tensor& plane, const Tensor& rows)
+      : to(static_cast<char*>(plane.data_ptr())), from(static_cast<const char*>(rows.data_ptr())) {
+    const int64_t bytes = is_float(plane) ? 4 : 2;
+    slice = plane.stride(0) * bytes, head = plane.stride(1) * bytes, place = plane.stride(2) * bytes;
+    token = rows.stride(0) * bytes, token_head = rows.stride(1) * bytes, width = plane.size(3) * bytes;
   }
-}
+
+  void write(int64_t t, int64_t h, int64_t index, int64_t offset) const {
+    std::memcpy(to + index * slice + offset * place + h * head, from + t * token + h * token_head, size_t(width));
+  }
+};
 
 void arena_write(Tensor keys, Tensor values, Tensor slots, Tensor k, Tensor v) {
   k = dense_rows(k), v = dense_rows(v);
   slots = torch::stable::contiguous(slots);
   const auto* s = static_cast<const int64_t*>(slots.data_ptr());
-  const int64_t places = keys.size(0) * keys.size(2);
-  for (int64_t t = 0; t < slots.size(0); ++t) STD_TORCH_CHECK(s[t] >= 0 && s[t] < places, "slots: out of range");
-  write_plane(keys, s, k);
-  write_plane(values, s, v);
+  const int64_t tokens = slots.size(0), heads = keys.size(1), slice_tokens = keys.size(2);
+  for (int64_t t = 0; t < tokens; ++t) {
+    STD_TORCH_CHECK(s[t] >= 0 && s[t] < keys.size(0) * slice_tokens, "slots: out of range");
+  }
+  const Plane of_keys(keys, k), of_values(values, v);
+  const auto some = [&](int64_t low, int64_t high) {
+    for (int64_t t = low; t < high; ++t) {
+      const int64_t index = s[t] / slice_tokens, offset = s[t] % slice_tokens;
+      for (int64_t h = 0; h < heads; ++h) of_keys.write(t, h, index, offset), of_values.write(t, h, index, offset);
+    }
+  };
+  const int64_t bytes = heads * (of_keys.width + of_values.width);
+  if (tokens * bytes < SERIAL_BYTES) return some(0, tokens);
+  torch::stable::parallel_for(0, tokens, std::max<int64_t>(1, SERIAL_BYTES / 4 / bytes), some);
+}
+
+Tensor sliced_step(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor slots, Tensor slice_table,
+                   Tensor context_lens, Tensor cu_q, double scale, int64_t window, double softcap) {
+  arena_write(keys, values, slots, k, v);  // all of it first: sequences may read slices that others write in this step
+  return sliced_forward(q, keys, values, slice_table, context_lens, cu_q, scale, window, softcap);
 }
 
 }  // namespace
@@ -276,5 +348,6 @@ STABLE_TORCH_LIBRARY_IMPL(rlhf_kernels, CPU, m) {
   m.impl("varlen_attention_forward", TORCH_BOX(&varlen_forward));
   m.impl("varlen_attention_backward", TORCH_BOX(&varlen_backward));
   m.impl("sliced_attention_forward", TORCH_BOX(&sliced_forward));
+  m.impl("sliced_step", TORCH_BOX(&sliced_step));
   m.impl("arena_write", TORCH_BOX(&arena_write));
 }

@@ -3,9 +3,11 @@
 // 16 lanes (the compiler's own macros do not follow the pragma).
 
 #define LEAF static inline __attribute__((always_inline))
+#define LEAF_METHOD inline __attribute__((always_inline))
 
 typedef float f16 __attribute__((vector_size(64)));
 typedef float f16_anywhere __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float f16_of_halves __attribute__((vector_size(64), aligned(2), may_alias));
 typedef int32_t i16 __attribute__((vector_size(64)));
 typedef uint16_t h16_anywhere __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint32_t u16 __attribute__((vector_size(64)));
@@ -17,6 +19,9 @@ LEAF f16 load(const bf16_bits* p) {
 LEAF void store(float* p, f16 x) { *reinterpret_cast<f16_anywhere*>(p) = x; }
 LEAF void add(float* p, f16 x) { store(p, load(p) + x); }
 LEAF f16 all(float x) { return f16{} + x; }
+LEAF f16 spread(const float* p) {  // its bits as they are: they may be two bf16
+  return f16{*p, *p, *p, *p, *p, *p, *p, *p, *p, *p, *p, *p, *p, *p, *p, *p};
+}
 LEAF f16 maximum(f16 a, f16 b) { return a > b ? a : b; }
 
 LEAF f16 lanes() { return f16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
@@ -94,39 +99,4 @@ LEAF f16 hyperbolic_tangent(f16 x) {
   y = y * z - 3.33332819422e-1f;
   const f16 near = y * z * x + x;
   return size < 0.625f ? near : (x < 0.0f ? -far : far);
-}
-
-// to[c * 16 + j] = rows[j][c] for 16 rows and 16 columns.
-template <typename T>
-LEAF void transpose_16x16(const T* const* rows, int64_t start, float* to) {
-#ifdef WIDE_SHUFFLES
-  // clang-format off
-#define ZIP(x, i, j, lo, hi)                                                                                        \
-  const f16 lo = __builtin_shuffle(x##i, x##j, i16{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}),        \
-            hi = __builtin_shuffle(x##i, x##j, i16{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
-// One round zips row i with row i + 8; four rounds transpose.
-#define ZIP_ROUND(x, y)                                                                                             \
-  ZIP(x, 0, 8, y##0, y##1) ZIP(x, 1, 9, y##2, y##3) ZIP(x, 2, 10, y##4, y##5) ZIP(x, 3, 11, y##6, y##7)             \
-  ZIP(x, 4, 12, y##8, y##9) ZIP(x, 5, 13, y##10, y##11) ZIP(x, 6, 14, y##12, y##13) ZIP(x, 7, 15, y##14, y##15)
-#define EACH(step)                                                                                                  \
-  step(0) step(1) step(2) step(3) step(4) step(5) step(6) step(7)                                                   \
-  step(8) step(9) step(10) step(11) step(12) step(13) step(14) step(15)
-#define ROW(j) const f16 a##j = load(rows[j] + start);
-#define COLUMN(j) store(to + 16 * j, e##j);
-  EACH(ROW)
-  ZIP_ROUND(a, b)
-  ZIP_ROUND(b, c)
-  ZIP_ROUND(c, d)
-  ZIP_ROUND(d, e)
-  EACH(COLUMN)
-#undef COLUMN
-#undef ROW
-#undef EACH
-#undef ZIP_ROUND
-#undef ZIP
-  // clang-format on
-#else
-  for (int j = 0; j < 16; ++j)
-    for (int c = 0; c < 16; ++c) to[c * 16 + j] = widen(rows[j][start + c]);
-#endif
 }

@@ -85,7 +85,7 @@ void multiply(const Job& job);
 // The same for few rows and one term a product; false where it is not made for the layout, and nothing is done.
 bool multiply_few(const Job& job);
 
-// The same for up to 64 rows, enough to fill vectors: bf16 only.
+// The same for some rows, enough to fill vectors: bf16 only.
 bool multiply_lanes(const Job& job);
 
 // Whether every matrix of either of them lies along the depth, but for x.

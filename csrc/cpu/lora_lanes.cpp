@@ -1,6 +1,7 @@
 // The product of some rows, too many for dots and too few to pack W for: the rows of x are lanes. x^T lies packed as
-// pairs of bf16, and every pair of a row of W, read where it is, meets all rows of x at once. A sum is one chain along
-// the depth, and the row's own adapter is formed apart and added to it: the bits of a row depend on nothing beside it.
+// pairs of bf16, and every pair of a row of W, read where it is, meets up to 64 rows of x at once; a strip of W that
+// the second-level cache holds meets one chunk of rows after the other. A sum is one chain along the depth, and the
+// row's own adapter is formed apart and added to it: the bits of a row depend on nothing beside it.
 #include <cstring>
 #include <limits>
 
@@ -20,10 +21,47 @@ constexpr int64_t kLanes = 16;
 constexpr int64_t kWide = 144;   // columns whose sums are held at a time: whole groups, whole vectors
 constexpr int64_t kPart = 2048;  // words of depth in one pass over the columns: x^T stays in the second-level cache
 constexpr int64_t kChunk = 4;    // steps packed at a time: lines of the cache that lie together
+constexpr int64_t kLeastVectors = 2, kMostVectors = 4;
 constexpr int kMostGroup = 9;
 template <int kV>
 constexpr int kGroup = kV == 4 ? 6 : kMostGroup;  // rows of W whose sums are in registers
 constexpr int64_t kTogether = 8;                  // columns of an adapter: as many chains hide a product's latency
+
+// Positions [lo, hi) of the order, as they meet W: so many vectors of lanes, packed.
+struct Chunk {
+  int64_t lo, hi, vectors;
+  uint32_t* x;
+};
+
+// f(std::integral_constant) for a chunk's vectors.
+template <typename F>
+void with_vectors(int64_t vectors, const F& f) {
+  if (vectors <= 2) f(std::integral_constant<int, 2>());
+  if (vectors == 3) f(std::integral_constant<int, 3>());
+  if (vectors >= 4) f(std::integral_constant<int, 4>());
+}
+
+// Nearly equal chunks, each as few vectors as its rows fill.
+std::vector<Chunk> chunks_of(int64_t rows) {
+  const int64_t vectors = (rows + kLanes - 1) / kLanes, count = (vectors + kMostVectors - 1) / kMostVectors;
+  std::vector<Chunk> chunks;
+  for (int64_t c = 0; c < count; ++c) {
+    const int64_t lo = vectors * c / count, hi = vectors * (c + 1) / count;
+    chunks.push_back({lo * kLanes, std::min(hi * kLanes, rows), std::max(hi - lo, kLeastVectors), nullptr});
+  }
+  return chunks;
+}
+
+Matrix lines_of(const Matrix& m, int64_t lo, int64_t hi) {
+  Matrix some = m;
+  some.rows = hi - lo;
+  if (m.order != nullptr) {
+    some.order = m.order + lo;
+  } else {
+    some.data = static_cast<const char*>(m.data) + lo * m.stride * element_bytes(m.type);
+  }
+  return some;
+}
 
 // Steps [from, to) of the depth of bf16 rows as [words][kV * 16].
 template <int kV>
@@ -99,11 +137,24 @@ void multiply_part(const char* w, const uint32_t* x, int64_t depth, const char* 
 
 LANES __mmask16 lanes_below(int64_t row, int64_t v) { return operand::first16(row - v * kLanes); }
 
-// Some columns of all rows of one product.
+struct Scratch {
+  Buffer<float> sums{(kWide + kMostGroup) * kMostVectors * kLanes};
+  std::vector<uint32_t> s, copy;
+  const Term* term = nullptr;  // whose S s is, of which chunk's rows
+  const Chunk* chunk = nullptr;
+};
+
+// Some columns of a chunk of the rows of one product.
 template <int kV>
 class Strip {
  public:
-  Strip(const Job& job, const uint32_t* x) : job_(job), x_(x), sums_((kWide + kGroup<kV>)*kWidth) {}
+  Strip(const Job& job, const Chunk& chunk, Scratch& scratch)
+      : job_(job), chunk_(chunk), count_(chunk.hi - chunk.lo), scratch_(scratch), sums_(scratch.sums), s_(scratch.s) {
+    for (const Span& span : job.rows->spans) {
+      const int64_t lo = std::max(span.lo, chunk.lo), hi = std::min(span.hi, chunk.hi);
+      if (lo < hi) spans_.push_back({lo - chunk.lo, hi - chunk.lo, span.adapter});
+    }
+  }
 
   void run(const Product& product, int64_t first, int64_t count) {
     const Matrix& w = product.terms[0].right;
@@ -112,16 +163,11 @@ class Strip {
     const auto bytes = [&](int64_t i, int64_t k) {
       return reinterpret_cast<const char*>(operand::line<BF16>(w, row(i)) + k);
     };
-    const Output& out = product.out;
-    const int64_t size = element_bytes(out.type), bytes_wide = count * size;
-    for (int64_t i = 0; i < job_.rows->count; ++i) {
-      const char* to = static_cast<const char*>(out.data) + (job_.rows->row(i) * out.stride + first) * size;
-      for (int64_t at = 0; at < bytes_wide; at += 64) __builtin_prefetch(to + at, 1);
-    }
+    fetch(product.out, first, count);
     for (int64_t k = 0; k < w.depth; k += 2 * kPart) {
       for (int64_t at = first; at < first + count; at += kR) {
         const char* next = bytes(at + kR, k);
-        multiply_part<kV>(bytes(at, k), x_ + k / 2 * kWidth, std::min(2 * kPart, w.depth - k), next, 2 * w.stride,
+        multiply_part<kV>(bytes(at, k), chunk_.x + k / 2 * kWidth, std::min(2 * kPart, w.depth - k), next, 2 * w.stride,
                           k == 0, sums_.data + (at - first) * kWidth);
       }
     }
@@ -135,20 +181,29 @@ class Strip {
  private:
   static constexpr int64_t kWidth = kV * kLanes;
 
+  // Where store will write.
+  void fetch(const Output& out, int64_t first, int64_t count) {
+    const int64_t size = element_bytes(out.type);
+    for (int64_t i = 0; i < count_; ++i) {
+      const char* to = static_cast<const char*>(out.data) + (job_.rows->row(chunk_.lo + i) * out.stride + first) * size;
+      for (int64_t at = 0; at < count * size; at += 64) __builtin_prefetch(to + at, 1);
+    }
+  }
+
   void add_adapters(const Term& term, int64_t first, int64_t count) {
     int64_t rank = 0;
-    for (const Span& span : job_.rows->spans) {
+    for (const Span& span : spans_) {
       if (span.adapter >= 0) rank = std::max(rank, term.adapters[span.adapter].rank);
     }
     if (rank == 0) return;
-    if (packed_ != &term) {
-      const Matrix s{s_row(job_, 0, term.s_column), Type::bf16, job_.rows->count, rank, job_.s_width, true};
+    if (scratch_.term != &term || scratch_.chunk != &chunk_) {
+      const Matrix s{s_row(job_, chunk_.lo, term.s_column), Type::bf16, count_, rank, job_.s_width, true};
       const int64_t most = operand::steps(Type::bf16, rank);
       s_.resize(size_t(most * kStepWords * kWidth));
       pack<kV>(s, 0, most, s_.data());
-      packed_ = &term;
+      scratch_.term = &term, scratch_.chunk = &chunk_;
     }
-    for (const Span& span : job_.rows->spans) {
+    for (const Span& span : spans_) {
       if (span.adapter < 0 || term.adapters[span.adapter].rank == 0) continue;
       Matrix b = term.adapters[span.adapter].expand;
       const bool words = b.type == Type::bf16 && b.depth % 2 == 0 && count % kTogether == 0;
@@ -157,9 +212,9 @@ class Strip {
       } else {
         const int64_t width = operand::steps(Type::bf16, b.depth) * kStepWords;
         const int64_t columns = (count + kTogether - 1) / kTogether * kTogether;
-        copy_.resize(size_t(columns * width));
-        to_words(Type::bf16, b, first, columns, copy_.data(), width);
-        b.data = copy_.data(), b.stride = 2 * width, b.depth += b.depth % 2;
+        scratch_.copy.resize(size_t(columns * width));
+        to_words(Type::bf16, b, first, columns, scratch_.copy.data(), width);
+        b.data = scratch_.copy.data(), b.stride = 2 * width, b.depth += b.depth % 2;
       }
       add_adapter(b, span, count);
     }
@@ -196,40 +251,47 @@ class Strip {
   template <typename E>
   void store(const Output& out, int64_t first, int64_t count) {
     using T = typename E::type;
-    std::vector<bool> outside(job_.rows->count);
-    for (const Span& span : job_.rows->spans) {
+    std::vector<bool> outside(count_);
+    for (const Span& span : spans_) {
       if (span.adapter == kOutside) std::fill(outside.begin() + span.lo, outside.begin() + span.hi, true);
     }
     for (int64_t at = 0; at < count; at += kLanes) {
       const __mmask16 there = operand::first16(count - at);
       __m512 bias = _mm512_setzero_ps();
       if (out.bias != nullptr) bias = E::load(static_cast<const T*>(out.bias) + first + at, there);
-      for (int64_t lo = 0; lo < job_.rows->count; lo += kLanes) {
+      for (int64_t lo = 0; lo < count_; lo += kLanes) {
         __m512i r[kLanes];
         for (int64_t j = 0; j < kLanes; ++j) r[j] = _mm512_loadu_si512(sums_.data + (at + j) * kWidth + lo);
         lanes::transpose(r);
-        for (int64_t i = lo; i < std::min(lo + kLanes, job_.rows->count); ++i) {
+        for (int64_t i = lo; i < std::min(lo + kLanes, count_); ++i) {
           __m512 x = _mm512_castsi512_ps(r[i - lo]);
           if (out.bias != nullptr) x = _mm512_add_ps(x, bias);
           if (outside[i]) x = _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN());
-          E::store(static_cast<T*>(out.data) + job_.rows->row(i) * out.stride + first + at, there, x);
+          E::store(static_cast<T*>(out.data) + job_.rows->row(chunk_.lo + i) * out.stride + first + at, there, x);
         }
       }
     }
   }
 
   const Job& job_;
-  const uint32_t* x_;
-  Buffer<float> sums_;
-  std::vector<uint32_t> s_, copy_;
-  const Term* packed_ = nullptr;  // whose S s_ is
+  const Chunk& chunk_;
+  const int64_t count_;
+  std::vector<Span> spans_;  // of the chunk, counted from its first row
+  Scratch& scratch_;
+  Buffer<float>& sums_;
+  std::vector<uint32_t>& s_;
 };
 
-template <int kV>
-void multiply_with(const Job& job) {
+void multiply_chunks(const Job& job) {
   const Matrix& x = job.lefts[0];
   const int64_t steps = operand::steps(Type::bf16, x.depth);
-  Buffer<uint32_t> packed(steps * kStepWords * kV * kLanes);
+  std::vector<Chunk> chunks = chunks_of(x.rows);
+  Buffer<uint32_t> packed(steps * kStepWords * kLanes * ((x.rows + kLanes - 1) / kLanes + kLeastVectors));
+  int64_t used = 0;
+  for (Chunk& chunk : chunks) {
+    chunk.x = packed.data + used;
+    used += steps * kStepWords * kLanes * chunk.vectors;
+  }
   std::vector<int64_t> ends{0};  // of each product's vectors of columns
   int64_t products = 0;
   for (const Product& product : job.products) {
@@ -237,21 +299,31 @@ void multiply_with(const Job& job) {
     products += x.rows * product.out.columns * x.depth;
   }
   const std::vector<Shrink> items = shrinks(job);
-  const int64_t tasks = tasks_for(products, ends.back());
-  Phase packing((steps + kChunk - 1) / kChunk), shrinking(int64_t(items.size())), multiplying(tasks);
+  const int64_t tasks = tasks_for(products, ends.back()), lines = (steps + kChunk - 1) / kChunk;
+  Phase packing(lines * int64_t(chunks.size())), shrinking(int64_t(items.size())), multiplying(tasks);
   in_tasks(tasks, [&] {
-    packing.run([&](int64_t i) { pack<kV>(x, i * kChunk, std::min((i + 1) * kChunk, steps), packed.data); });
+    packing.run([&](int64_t i) {
+      const Chunk& chunk = chunks[i / lines];
+      const int64_t from = i % lines * kChunk;
+      with_vectors(chunk.vectors, [&](auto v) {
+        pack<v>(lines_of(x, chunk.lo, chunk.hi), from, std::min(from + kChunk, steps), chunk.x);
+      });
+    });
     shrinking.run([&](int64_t i) { shrink(job, x, items[i]); });
     packing.wait();
     shrinking.wait();
-    Strip<kV> strip(job, packed.data);
+    Scratch scratch;
     multiplying.run([&](int64_t i) {  // equal parts: the vector unit is what takes the time
       const int64_t lo = ends.back() * i / tasks, hi = ends.back() * (i + 1) / tasks;
       for (size_t p = 0; p < job.products.size(); ++p) {
         const Product& product = job.products[p];
         const int64_t end = std::min((std::min(hi, ends[p + 1]) - ends[p]) * kLanes, product.out.columns);
         for (int64_t first = std::max<int64_t>(lo - ends[p], 0) * kLanes; first < end; first += kWide) {
-          strip.run(product, first, std::min(kWide, end - first));
+          for (const Chunk& chunk : chunks) {
+            with_vectors(chunk.vectors, [&](auto v) {
+              Strip<v>(job, chunk, scratch).run(product, first, std::min(kWide, end - first));
+            });
+          }
         }
       }
     });
@@ -264,9 +336,7 @@ bool multiply_lanes(const Job& job) {
   if (job.words != Type::bf16 || !job.lefts[0].along) return false;
   const auto narrow = [](const Product& product) { return product.out.columns < kMostGroup; };
   if (std::any_of(job.products.begin(), job.products.end(), narrow) || !along(job)) return false;
-  if (job.rows->count <= 2 * kLanes) multiply_with<2>(job);
-  if (job.rows->count > 2 * kLanes && job.rows->count <= 3 * kLanes) multiply_with<3>(job);
-  if (job.rows->count > 3 * kLanes) multiply_with<4>(job);
+  multiply_chunks(job);
   return true;
 }
 

@@ -48,9 +48,9 @@ Type type_of(const Tensor& t) {
   }
 }
 
-constexpr int64_t kFew = 28, kSome = 64;  // rows up to which dots, and from there lanes, are the fastest
-constexpr int64_t kFewDots = 56;          // rows up to which packing W costs more than it saves, without lanes
-constexpr int64_t kFewMatrix = 16;        // the same beside a matrix unit, many times as fast as the vector unit
+constexpr int64_t kFew = 24, kSome = 192;  // rows up to which dots, and from there lanes, are the fastest
+constexpr int64_t kFewDots = 56;           // rows up to which packing W costs more than it saves, without lanes
+constexpr int64_t kFewMatrix = 16;         // the same beside a matrix unit, many times as fast as the vector unit
 
 // The operand whose rows are t's rows.
 Matrix rows_of(const Tensor& t, const int32_t* order = nullptr) {

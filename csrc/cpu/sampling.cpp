@@ -1,9 +1,10 @@
-// One row of logits to (token, logprob): two reads of the row, four where a filter is on; no sort.
+// One row of logits to (token, logprob): two reads of the row; no sort of it.
 //
 // With u = (max - z) / temperature, a token weighs exp(-u) in fixed point (40 fractional bits). Integer sums do not
 // depend on the order of additions, so the drawn token is the same on every machine and equal to the Python
-// definition's (rlhf_kernels/ops/sampling/naive.py). Filters keep a prefix of the order (u, index); its end is found by
-// a radix search over the bits of u, which are ordered as u >= 0 is.
+// definition's (rlhf_kernels/ops/sampling/naive.py). Filters keep a prefix of the order (u, index). Tokens below a
+// bound that is sure to lie past its end are listed; the end is found among them by a radix search over the bits of u,
+// which are ordered as u >= 0 is.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -49,11 +50,26 @@ struct RowParameters {
   bool greedy;
 };
 
+// Tokens by index in whole blocks, those past the end without weight.
+struct Tokens {
+  std::vector<float> u, w;
+  int64_t blocks = 0;
+
+  void resize(int64_t count) {
+    blocks = count;
+    u.resize(size_t((count + 1) * kBlock)),
+        w.resize(size_t((count + 1) * kBlock));  // one more: lists are cut to blocks
+  }
+  const float* u_of(int64_t b) const { return u.data() + b * kBlock; }
+  const float* w_of(int64_t b) const { return w.data() + b * kBlock; }
+  float* w_of(int64_t b) { return w.data() + b * kBlock; }
+};
+
 struct Scratch {
-  std::vector<float> u, w;        // the whole row, filled for filtered rows
+  Tokens row, list;               // of a filtered row: all of it, and the tokens its filters may leave
+  std::vector<int32_t> listed;    // whose indices in the row these are
+  std::vector<int32_t> matching;  // places in the list that share the search's leading digits
   std::vector<int64_t> masses;    // of each block
-  std::vector<int32_t> matching;  // indices that share the search's leading digits
-  std::vector<int64_t> counts = std::vector<int64_t>(2048), sums = std::vector<int64_t>(2048);
   alignas(64) float logits[kBlock], block_u[kBlock], block_w[kBlock];
 };
 
@@ -84,91 +100,126 @@ struct Limit {
   int64_t ties, mass;  // mass: of the whole prefix
 };
 
-// Radix search for the shortest prefix whose count (or mass) reaches `goal`; digits of 11, 10 and 10 bits.
-class PrefixSearch {
- public:
-  PrefixSearch(Scratch& scratch, int64_t size) : s_(scratch) {
-    clear();
-    for (int64_t i = 0; i < size; ++i) add(i, key(i) >> 20);
-    counts_ = s_.counts;
-    sums_ = s_.sums;
-    size_ = size;
-  }
-
-  Limit find(int64_t goal, bool by_mass) {
-    s_.counts = counts_;
-    s_.sums = sums_;
-    int64_t count = 0, mass = 0;
-    const uint32_t first = descend(goal, by_mass, count, mass);
-    s_.matching.clear();
-    for (int64_t i = 0; i < size_; ++i)
-      if (key(i) >> 20 == first) s_.matching.push_back(int32_t(i));
-    clear();
-    for (int32_t i : s_.matching) add(i, key(i) >> 10 & 1023u);
-    const uint32_t second = first << 10 | descend(goal, by_mass, count, mass);
-    clear();
-    for (int32_t i : s_.matching)
-      if (key(i) >> 10 == second) add(i, key(i) & 1023u);
-    const uint32_t found = second << 10 | descend(goal, by_mass, count, mass);
-    const int64_t each = fixed_point(exp_weight(std::bit_cast<float>(found)));
-    const int64_t ties = by_mass ? (goal - mass + each - 1) / each : goal - count;
-    return {found, ties, mass + ties * each};
-  }
-
- private:
-  uint32_t key(int64_t i) const { return std::bit_cast<uint32_t>(s_.u[i]); }
-  void clear() {
-    std::fill(s_.counts.begin(), s_.counts.end(), 0);
-    std::fill(s_.sums.begin(), s_.sums.end(), 0);
-  }
-  void add(int64_t i, uint32_t digit) {
-    s_.counts[digit] += 1;
-    s_.sums[digit] += fixed_point(s_.w[i]);
-  }
-  // The digit in which the running count (or mass) reaches the goal; count and mass stop before it.
-  uint32_t descend(int64_t goal, bool by_mass, int64_t& count, int64_t& mass) const {
-    for (uint32_t d = 0;; ++d) {
-      if ((by_mass ? mass + s_.sums[d] : count + s_.counts[d]) >= goal) return d;
-      count += s_.counts[d];
-      mass += s_.sums[d];
-    }
-  }
-
-  Scratch& s_;
-  std::vector<int64_t> counts_, sums_;  // of the first digit
-  int64_t size_;
+// Bounds of u between which a prefix of `goal` tokens (or of that mass) ends: low <= its last u <= high.
+struct Range {
+  float low = 0.0f, high = kLargestU;
 };
 
+// Masses are rough here: a bound counts only where it leaves no doubt.
+void narrow(const Tokens& tokens, int64_t goal, bool by_mass, const Bounds& bounds, Range& range) {
+  const double doubt = by_mass ? 1e-4 : 0.0, unit = by_mass ? kOne : 1.0;
+  Below below;
+  for (int64_t b = 0; b < tokens.blocks; ++b) {
+    if (by_mass) {
+      block_weigh(tokens.u_of(b), tokens.w_of(b), bounds, below);
+    } else {
+      block_count(tokens.u_of(b), bounds, below);
+    }
+  }
+  for (int i = 0; i < kBounds; ++i) {
+    const double sum = below.sum[i] * unit;
+    if (sum * (1.0 - doubt) >= double(goal)) range.high = std::min(range.high, bounds.at[i]);
+    if (sum * (1.0 + doubt) < double(goal)) range.low = std::max(range.low, bounds.at[i]);
+  }
+}
+
+Bounds between(const Range& range) {
+  Bounds bounds;
+  for (int i = 0; i < kBounds; ++i) {
+    bounds.at[i] = range.low + (range.high - range.low) * float(i + 1) / float(kBounds + 1);
+  }
+  return bounds;
+}
+
+// Lists the row's tokens with u <= bound.
+void list_up_to(float bound, Scratch& s) {
+  s.list.resize(s.row.blocks);
+  s.listed.resize(s.list.u.size());
+  int64_t n = 0;
+  for (int64_t b = 0; b < s.row.blocks; ++b) {
+    const Chosen to{s.list.u.data() + n, s.list.w.data() + n, s.listed.data() + n};
+    n += block_choose(s.row.u_of(b), s.row.w_of(b), 0.0f, bound, int32_t(b * kBlock), to);
+  }
+  s.list.resize((n + kBlock - 1) / kBlock);
+  std::fill(s.list.u.begin() + n, s.list.u.end(), kInf);
+  std::fill(s.list.w.begin() + n, s.list.w.end(), 0.0f);
+}
+
+// The end of the shortest prefix of the list whose count (or mass) reaches `goal`: the range is narrowed, and a radix
+// search goes through the tokens in it.
+Limit find_end(int64_t goal, bool by_mass, Range range, Scratch& s) {
+  constexpr int kRounds = 3, kDigit = 8;
+  for (int i = 0; i < kRounds && s.list.blocks > 1; ++i) narrow(s.list, goal, by_mass, between(range), range);
+  int64_t count = 0, mass = 0, n = 0;
+  s.matching.resize(s.list.u.size());
+  for (int64_t b = 0; b < s.list.blocks; ++b) {
+    const Chosen to{nullptr, nullptr, s.matching.data() + n};
+    n += block_choose(s.list.u_of(b), s.list.w_of(b), range.low, range.high, int32_t(b * kBlock), to);
+    block_before(s.list.u_of(b), s.list.w_of(b), range.low, count, mass);
+  }
+  s.matching.resize(size_t(n));
+  const auto key = [&](int32_t i) { return std::bit_cast<uint32_t>(s.list.u[size_t(i)]); };
+  if (!by_mass && goal > count + n) {  // all that have any weight
+    for (int32_t i : s.matching) mass += fixed_point(s.list.w[size_t(i)]);
+    return {std::bit_cast<uint32_t>(kInf), std::numeric_limits<int64_t>::max(), mass};
+  }
+  uint32_t found = 0;
+  for (int shift = 32 - kDigit; shift >= 0; shift -= kDigit) {
+    int64_t counts[1 << kDigit] = {}, sums[1 << kDigit] = {};
+    for (int32_t i : s.matching) {
+      const uint32_t digit = key(i) >> shift & ((1u << kDigit) - 1);
+      counts[digit] += 1;
+      sums[digit] += fixed_point(s.list.w[size_t(i)]);
+    }
+    uint32_t d = 0;
+    for (; (by_mass ? mass + sums[d] : count + counts[d]) < goal; ++d) count += counts[d], mass += sums[d];
+    found = found << kDigit | d;
+    if (shift > 0) std::erase_if(s.matching, [&](int32_t i) { return key(i) >> shift != found; });
+  }
+  const int64_t each = fixed_point(exp_weight(std::bit_cast<float>(found)));
+  const int64_t ties = by_mass ? (goal - mass + each - 1) / each : goal - count;
+  return {found, ties, mass + ties * each};
+}
+
+int64_t goal_of(double top_p, int64_t mass) {
+  return std::min(std::max<int64_t>(int64_t(std::ceil(top_p * double(mass))), 1), mass);
+}
+
+// What the filters leave; the tokens it may hold are listed. Tokens without weight need no place there.
 Limit find_limit(const RowParameters& p, int64_t size, int64_t total, Scratch& s) {
   const int64_t all = std::numeric_limits<int64_t>::max();
   Limit limit{std::bit_cast<uint32_t>(kInf), all, total};
   const bool by_count = p.top_k > 0 && p.top_k < size;
   if (by_count || p.top_p < 1.0) {
-    PrefixSearch search(s, size);
-    if (by_count) limit = search.find(p.top_k, false);
-    if (p.top_p < 1.0) {
-      const int64_t goal = int64_t(std::ceil(p.top_p * double(limit.mass)));
-      limit = search.find(std::min(std::max<int64_t>(goal, 1), limit.mass), true);
-    }
+    const int64_t goal = by_count ? p.top_k : goal_of(p.top_p, total);
+    Range range;
+    narrow(s.row, goal, !by_count, kFirstBounds, range);
+    narrow(s.row, goal, !by_count, between(range), range);
+    list_up_to(range.high, s);
+    if (by_count) limit = find_end(goal, false, range, s);
+    if (by_count && p.top_p < 1.0) range = {0.0f, range.high};
+    if (p.top_p < 1.0) limit = find_end(goal_of(p.top_p, limit.mass), true, range, s);
+  } else {
+    list_up_to(std::min(p.min_p_cut, kLargestU), s);
   }
   const uint32_t cut = std::bit_cast<uint32_t>(p.min_p_cut + 0.0f);  // -0 would have the sign bit
   return cut < limit.key ? Limit{cut, all, 0} : limit;
 }
 
-// Applies the limit to the stored weights and renews the masses of the blocks; returns the total.
-int64_t filter(Limit limit, int64_t size, Scratch& s) {
+// Applies the limit to the list's weights and takes the masses of its blocks; returns the total.
+int64_t filter(Limit limit, Scratch& s) {
   int64_t total = 0, left = limit.ties;
-  for (int64_t b = 0; b * kBlock < size; ++b) {
-    const float* u = s.u.data() + b * kBlock;
-    float* w = s.w.data() + b * kBlock;
+  const int64_t size = s.list.blocks * kBlock;
+  for (int64_t b = 0; b < s.list.blocks; ++b) {
+    const float* u = s.list.u_of(b);
     int64_t first_ties = kBlock;
     if (left < size) {  // ties are counted by index, so the block's own share ends at an index
       first_ties = 0;
       for (; first_ties < kBlock && (left > 0 || std::bit_cast<uint32_t>(u[first_ties]) != limit.key); ++first_ties)
         left -= std::bit_cast<uint32_t>(u[first_ties]) == limit.key;
     }
-    block_filter(u, limit.key, first_ties, w);
-    total += s.masses[b] = block_mass(w);
+    block_filter(u, limit.key, first_ties, s.list.w_of(b));
+    total += s.masses[size_t(b)] = block_mass(s.list.w_of(b));
   }
   return total;
 }
@@ -194,16 +245,13 @@ Drawn sample_row(const RowLogits& logits, const RowParameters& p, Scratch& s) {
   const int64_t best = top_block * kBlock + (std::find(z, z + kBlock, top) - z);
 
   const bool filtered = !p.greedy && (p.top_k > 0 || p.top_p < 1.0 || p.min_p_cut < kInf);
-  s.masses.resize(blocks);
-  if (filtered) {
-    s.u.resize(blocks * kBlock);
-    s.w.resize(blocks * kBlock);
-  }
+  s.masses.resize(size_t(blocks));
+  if (filtered) s.row.resize(blocks);
   double lanes[kLanes] = {};
   int64_t total = 0;
   for (int64_t b = 0; b < blocks; ++b) {
-    float* u = filtered ? s.u.data() + b * kBlock : s.block_u;
-    float* w = filtered ? s.w.data() + b * kBlock : s.block_w;
+    float* u = filtered ? s.row.u.data() + b * kBlock : s.block_u;
+    float* w = filtered ? s.row.w_of(b) : s.block_w;
     block_weights(logits.block(b, s.logits), top, p.temperature, u, w);
     if (!p.greedy) total += s.masses[b] = block_mass(w);
     if (b == top_block) w[best % kBlock] = 0.0f;
@@ -215,18 +263,14 @@ Drawn sample_row(const RowLogits& logits, const RowParameters& p, Scratch& s) {
 
   int64_t token = best;
   if (!p.greedy) {
-    if (filtered) total = filter(find_limit(p, logits.size, total, s), logits.size, s);
+    if (filtered) total = filter(find_limit(p, logits.size, total, s), s);
     int64_t left = std::min(int64_t(p.uniform * double(total)), total - 1);
-    int64_t b = 0;
-    while (left >= s.masses[b]) left -= s.masses[b++];
-    const float* w = s.block_w;
-    if (filtered)
-      w = s.w.data() + b * kBlock;
-    else
-      block_weights(logits.block(b, s.logits), top, p.temperature, s.block_u, s.block_w);
-    int64_t i = 0;
+    int64_t b = 0, i = 0;
+    while (left >= s.masses[size_t(b)]) left -= s.masses[size_t(b++)];
+    const float* w = filtered ? s.list.w_of(b) : s.block_w;
+    if (!filtered) block_weights(logits.block(b, s.logits), top, p.temperature, s.block_u, s.block_w);
     while (left >= fixed_point(w[i])) left -= fixed_point(w[i++]);
-    token = b * kBlock + i;
+    token = filtered ? s.listed[size_t(b * kBlock + i)] : b * kBlock + i;
   }
   const float chosen = logits.block(token / kBlock, s.logits)[token % kBlock];
   const double u = (double(top) - double(chosen)) / double(p.temperature);

@@ -1,6 +1,8 @@
 // A thread-block cluster (sm_90): blocks that run at the same time, meet at barriers and write into one another's
 // shared memory. Elsewhere a cluster is one block, and the same kernel text does without.
 #pragma once
+#include <type_traits>
+
 #include "cuda/common.cuh"
 
 namespace cuda_rows {
@@ -31,17 +33,24 @@ struct Cluster {
 
   // Writes to where `own`, in the own block's shared memory, lies in another block's. All blocks must have begun: after
   // a barrier.
-  __device__ void store(float* own, float value, int block) const {
+  template <typename T>
+  __device__ void store(T* own, std::type_identity_t<T> value, int block) const {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8);
 #if defined(RLHF_CUDA_ON_HOST)
     *(blocks > 1 ? cuda_on_host::block.in_block(own, block) : own) = value;
 #else
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     if (blocks > 1) {
-      asm volatile(
-          "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nst.shared::cluster.f32 [there], %2;\n}" ::"r"(
-              unsigned(__cvta_generic_to_shared(own))),
-          "r"(block), "f"(value)
-          : "memory");
+      unsigned there;
+      asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                   : "=r"(there)
+                   : "r"(unsigned(__cvta_generic_to_shared(own))), "r"(block));
+      if constexpr (sizeof(T) == 4) {
+        asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(there), "r"(std::bit_cast<unsigned>(value)) : "memory");
+      } else {
+        const auto bits = std::bit_cast<unsigned long long>(value);
+        asm volatile("st.shared::cluster.b64 [%0], %1;" ::"r"(there), "l"(bits) : "memory");
+      }
       return;
     }
 #endif

@@ -96,6 +96,9 @@ struct Slice {
     tiles = (groups + in_tile - 1) / in_tile;
   }
 
+  // Groups counted from the first column wherever the row lies: a thread's columns then depend on n alone.
+  __device__ explicit Slice(int n) : Slice(static_cast<const T*>(nullptr), n) {}
+
   // The first column of a tile's group j; it may be negative, or past the row's end.
   __device__ int column(int tile, int j) const {
     return ((tile * kHeld + j) * int(blockDim.x) + int(threadIdx.x)) * kPack<T> - lead;

@@ -32,7 +32,27 @@ std::vector<int> commit(Scheduler& scheduler, const py::array_t<int64_t, py::arr
 
 py::tuple outcome(const Scheduler& scheduler, int number) {
   const Sequence& s = scheduler.sequence(number);
-  return py::make_tuple(std::vector<int>(s.tokens.begin() + s.prompt, s.tokens.end()), s.logprobs, s.reason);
+  return py::make_tuple(s.completion, s.logprobs, s.reason);
+}
+
+py::tuple take(Scheduler& scheduler, int number) {
+  const Sequence s = scheduler.take(number);
+  return py::make_tuple(s.completion, s.logprobs, s.reason);
+}
+
+template <typename T>
+using Column = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+template <typename T>
+std::vector<T> column(const Column<T>& values) {
+  return {values.data(), values.data() + values.size()};
+}
+
+StepSizes sizes(int tokens, int rows, int width, int logits, int draws) { return {tokens, rows, width, logits, draws}; }
+
+void pack_step(const Scheduler& scheduler, py::array_t<uint8_t, py::array::c_style>& buffer, int tokens, int rows,
+               int width, int logits, int draws) {
+  scheduler.pack(sizes(tokens, rows, width, logits, draws), buffer.mutable_data(), buffer.nbytes());
 }
 
 }  // namespace
@@ -79,7 +99,22 @@ PYBIND11_MODULE(_engine, m) {
       .def_property_readonly("draw_rows", [](const Step& s) { return array(s.draw_rows); })
       .def_property_readonly("draw_sequences", [](const Step& s) { return array(s.draw_sequences); })
       .def_property_readonly("draw_positions", [](const Step& s) { return array(s.draw_positions); })
-      .def_readonly("copies", &Step::copies);
+      .def_readonly("copies", &Step::copies)
+      .def_property_readonly(
+          "sizes",
+          [](const Step& s) {
+            return std::make_tuple(s.input_ids.size(), s.rows.size(), s.width, s.logit_rows.size(), s.draw_rows.size());
+          },
+          "(tokens, rows, width of the table, logits, draws)")
+      .def_property_readonly("one_token_a_row", &Step::one_token_a_row)
+      .def_readonly("scratch", &Step::scratch);
+
+  m.def(
+      "layout",
+      [](int tokens, int rows, int width, int logits, int draws) {
+        return layout(sizes(tokens, rows, width, logits, draws));
+      },
+      "Where each array of a packed step begins, and at last the bytes of them all (csrc/engine/step.h)");
 
   py::class_<Scheduler>(m, "Scheduler", "Admission, prefix sharing, preemption and refill of one generate call")
       .def(py::init<int, int, int, int>(), py::arg("num_slices"), py::arg("slice_tokens"), py::arg("max_active"),
@@ -92,13 +127,27 @@ PYBIND11_MODULE(_engine, m) {
           py::arg("eos"), py::arg("stop"))
       .def(
           "add",
-          [](Scheduler& s, const Tokens& prompt, int max_new_tokens, int rule) {
-            return s.add(vector(prompt), max_new_tokens, rule);
+          [](Scheduler& s, const Tokens& prompt, int max_new_tokens, int rule, int samples) {
+            return s.add(vector(prompt), max_new_tokens, rule, samples);
           },
-          py::arg("prompt"), py::arg("max_new_tokens"), py::arg("rule"))
+          py::arg("prompt"), py::arg("max_new_tokens"), py::arg("rule"), py::arg("samples") = 1,
+          "The number of the first of `samples` sequences")
+      .def(
+          "set_draws",
+          [](Scheduler& s, const Column<double>& temperature, const Column<int64_t>& top_k, const Column<double>& top_p,
+             const Column<double>& min_p, const Column<int64_t>& seed, const Column<int64_t>& stream,
+             const Column<int64_t>& sample_index, const Column<uint8_t>& greedy) {
+            s.set_draws({column(temperature), column(top_p), column(min_p), column(top_k), column(seed), column(stream),
+                         column(sample_index), column(greedy)});
+          },
+          py::kw_only(), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("seed"),
+          py::arg("stream"), py::arg("sample_index"), py::arg("greedy"), "How tokens are drawn, one entry a sequence")
       .def("plan", &Scheduler::plan, py::return_value_policy::reference_internal)
       .def("commit", commit, py::arg("tokens"), py::arg("logprobs"), "The numbers of the sequences that finished")
+      .def("pack", pack_step, py::arg("buffer").noconvert(), py::arg("tokens"), py::arg("rows"), py::arg("width"),
+           py::arg("logits"), py::arg("draws"), "The planned step, with its draws' parameters, in one buffer")
       .def("outcome", outcome, py::arg("number"), "(generated tokens, their logprobs, finish reason)")
+      .def("take", take, py::arg("number"), "The same of a finished sequence, which is forgotten here")
       .def("check", &Scheduler::check)
       .def_property_readonly("unfinished", &Scheduler::unfinished)
       .def_property_readonly("running", &Scheduler::running)

@@ -18,6 +18,7 @@ class BlockPool {
   void retain(int slice);   // one more reference
   bool release(int slice);  // one reference less; true when that was the last one
 
+  int peek() const { return free_.empty() ? -1 : free_.back(); }  // the slice acquire would give; -1: none
   int refs(int slice) const { return refs_.at(slice); }
   int size() const { return static_cast<int>(refs_.size()); }
   int free_count() const { return static_cast<int>(free_.size()); }

@@ -2,15 +2,9 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 namespace rlhf_engine {
-
-void Step::clear() {
-  input_ids.clear(), position_ids.clear(), slots.clear(), rows.clear(), tables.clear(), context_lens.clear();
-  logit_rows.clear(), draw_rows.clear(), draw_sequences.clear(), draw_positions.clear(), copies.clear();
-  cu_q.assign(1, 0);
-  width = 0;
-}
 
 Scheduler::Scheduler(int num_slices, int slice_tokens, int max_active, int step_tokens)
     : pool_(num_slices),
@@ -27,21 +21,33 @@ int Scheduler::add_rule(StopRule rule) {
   return static_cast<int>(rules_.size()) - 1;
 }
 
-int Scheduler::add(const std::vector<int>& prompt, int max_new_tokens, int rule) {
-  if (prompt.empty() || max_new_tokens < 1 || rule < 0 || rule >= static_cast<int>(rules_.size()))
-    throw std::invalid_argument("a sequence needs a prompt, max_new_tokens >= 1 and a known rule");
-  const int limit = static_cast<int>(prompt.size()) + max_new_tokens;
+int Scheduler::add(std::vector<int> prompt, int max_new_tokens, int rule, int samples) {
+  if (prompt.empty() || max_new_tokens < 1 || samples < 1 || rule < 0 || rule >= static_cast<int>(rules_.size()))
+    throw std::invalid_argument("a sequence needs a prompt, max_new_tokens >= 1, samples >= 1 and a known rule");
+  const int length = static_cast<int>(prompt.size()), limit = length + max_new_tokens;
   if (slices_for(limit - 1) > pool_.size()) throw std::invalid_argument("the sequence does not fit in the arena");
-  const int number = static_cast<int>(sequences_.size());
-  Sequence& s = sequences_.emplace_back();
-  s.tokens = prompt;
-  s.prompt = static_cast<int>(prompt.size());
-  s.limit = limit;
-  s.rule = rule;
-  s.path = tree_.insert(prompt);
-  for (int node : s.path) tree_.expect(node);
-  end_node(s).members.push_back(number);
-  return number;
+  const int first = static_cast<int>(sequences_.size());
+  Prompt& owner = prompts_.emplace_back();
+  owner.path = tree_.insert(prompt);
+  owner.tokens = std::move(prompt);
+  for (int sample = 0; sample < samples; ++sample) {
+    Sequence& s = sequences_.emplace_back();
+    s.owner = static_cast<int>(prompts_.size()) - 1;
+    s.prompt = length;
+    s.limit = limit;
+    s.rule = rule;
+    for (int node : owner.path) tree_.expect(node);
+    end_node(s).members.push_back(first + sample);
+  }
+  return first;
+}
+
+void Scheduler::set_draws(DrawColumns columns) {
+  const size_t count = sequences_.size();
+  for (size_t size : {columns.temperature.size(), columns.top_p.size(), columns.min_p.size(), columns.top_k.size(),
+                      columns.seed.size(), columns.stream.size(), columns.sample_index.size(), columns.greedy.size()})
+    if (size != count) throw std::invalid_argument("draw parameters need one entry a sequence");
+  draws_ = std::move(columns);
 }
 
 const Step& Scheduler::plan() {
@@ -65,9 +71,33 @@ const Step& Scheduler::plan() {
       const int used = std::min(step_.width, static_cast<int>(table.size()));
       std::copy_n(table.begin(), used, step_.tables.begin() + row * step_.width);
     }
+    step_.scratch = find_scratch();
     return step_;
   }
   throw std::logic_error("the scheduler found nothing to do although sequences are unfinished");
+}
+
+int64_t Scheduler::find_scratch() const {
+  if (const int slice = pool_.peek(); slice != kNone) return static_cast<int64_t>(slice) * slice_tokens_;
+  for (int number : step_.rows) {  // behind a sequence's newest token, in its last slice
+    const Sequence& s = sequences_[number];
+    const int slices = slices_for(s.fed);
+    if (s.fed % slice_tokens_ != 0)
+      return static_cast<int64_t>(s.table[slices - 1]) * slice_tokens_ + slice_tokens_ - 1;
+  }
+  return kNone;
+}
+
+void Scheduler::pack(const StepSizes& sizes, uint8_t* out, size_t bytes) const {
+  rlhf_engine::pack(step_, draws_, sizes, slice_tokens_, out, bytes);
+}
+
+Sequence Scheduler::take(int number) {
+  Sequence& s = sequences_.at(number);
+  if (s.state != State::kDone) throw std::logic_error("sequence " + std::to_string(number) + " has not finished");
+  Sequence rest;  // what the scheduler still looks at
+  rest.owner = s.owner, rest.prompt = s.prompt, rest.state = State::kDone;
+  return std::exchange(s, std::move(rest));
 }
 
 void Scheduler::admit(int budget) {
@@ -79,7 +109,7 @@ void Scheduler::admit(int budget) {
     const int number = next_;
     Sequence& s = sequences_[number];
     int needed = will_need(s, number), available = pool_.free_count() + tree_.idle();
-    for (int node : s.path) {
+    for (int node : path(s)) {
       if (!tree_[node].ready) break;
       --needed;
       available -= tree_.is_idle(node);
@@ -101,7 +131,7 @@ void Scheduler::schedule(int number, int& budget) {
   const bool decodes = left == 1 && s.generated() > 0;
   int count = decodes ? 1 : std::min(left, budget);
   if (count == 0) return;
-  const int last = (static_cast<int>(s.path.size()) - 1) * slice_tokens_;  // where the prompt's last node begins
+  const int last = (static_cast<int>(path(s).size()) - 1) * slice_tokens_;  // where the prompt's last node begins
   if (s.generated() == 0 && s.fed + count > last) {  // one computes a prompt's last logits, for all that have it
     int& lead = end_node(s).lead;
     if (lead == kNone) lead = number;
@@ -115,9 +145,9 @@ void Scheduler::schedule(int number, int& budget) {
 
 bool Scheduler::follow(int number) {
   Sequence& s = sequences_[number];
-  const int last = static_cast<int>(s.path.size()) - 1;
+  const int last = static_cast<int>(path(s).size()) - 1;
   while (s.passed <= last && s.fed == s.passed * slice_tokens_) {
-    const int node = s.path[s.passed];
+    const int node = path(s)[s.passed];
     if (s.passed == last && s.generated() == 0) return tree_[node].lead == kNone || tree_[node].lead == number;
     if (tree_[node].slice == kNone) return true;
     if (!tree_[node].ready) return false;
@@ -135,11 +165,11 @@ bool Scheduler::provide(int number, int index) {
   if (!make_room(number)) return false;
   const int slice = pool_.acquire();
   s.table.push_back(slice);
-  if (index < static_cast<int>(s.path.size())) {
-    const int node = s.path[s.passed++];
+  if (index < static_cast<int>(path(s).size())) {
+    const int node = path(s)[s.passed++];
     if (tree_[node].slice == kNone) {
       tree_.assign(node, slice, number);
-      if (index + 1 == static_cast<int>(s.path.size())) tree_[node].appender = number;
+      if (index + 1 == static_cast<int>(path(s).size())) tree_[node].appender = number;
     } else {
       tree_.forget(node);  // computed for a longer prompt; this one needs the logits too, and keeps a slice of its own
     }
@@ -149,7 +179,7 @@ bool Scheduler::provide(int number, int index) {
 
 bool Scheduler::own_tail(int number, int index) {
   Sequence& s = sequences_[number];
-  const int end = static_cast<int>(s.path.size()) - 1, node = s.path[end];
+  const int end = static_cast<int>(path(s).size()) - 1, node = path(s)[end];
   while (index == end && s.fed >= s.prompt && s.table[index] == tree_[node].slice) {
     int& appender = tree_[node].appender;
     if (appender == kNone) appender = number;  // one sharer writes behind the shared tokens, where no other looks
@@ -180,7 +210,7 @@ bool Scheduler::make_room(int number) {
 void Scheduler::emit(int number, int count) {
   Sequence& s = sequences_[number];
   for (int p = s.fed; p < s.fed + count; ++p) {
-    step_.input_ids.push_back(s.tokens[p]);
+    step_.input_ids.push_back(token(s, p));
     step_.position_ids.push_back(p);
     step_.slots.push_back(static_cast<int64_t>(s.table[p / slice_tokens_]) * slice_tokens_ + p % slice_tokens_);
   }
@@ -189,7 +219,8 @@ void Scheduler::emit(int number, int count) {
   s.fed += count;
   s.farthest = std::max(s.farthest, s.fed);
   for (int i = (s.fed - count) / slice_tokens_; i < s.passed; ++i)
-    if (tree_[s.path[i]].writer == number && tree_[s.path[i]].end <= s.fed) tree_.publish(s.path[i], counters_.steps);
+    if (tree_[path(s)[i]].writer == number && tree_[path(s)[i]].end <= s.fed)
+      tree_.publish(path(s)[i], counters_.steps);
   step_.rows.push_back(number);
   step_.context_lens.push_back(s.fed);
   step_.cu_q.push_back(static_cast<int>(step_.input_ids.size()));
@@ -217,7 +248,7 @@ std::vector<int> Scheduler::commit(const int64_t* tokens, const float* logprobs,
   for (int i = 0; i < count; ++i) {
     const int number = static_cast<int>(step_.draw_sequences[i]), token = static_cast<int>(tokens[i]);
     Sequence& s = sequences_[number];
-    s.tokens.push_back(token);
+    s.completion.push_back(token);
     s.logprobs.push_back(logprobs[i]);
     const char* reason = holds(rules_[s.rule].eos, token)    ? "eos"
                          : holds(rules_[s.rule].stop, token) ? "stop"
@@ -236,7 +267,7 @@ void Scheduler::preempt_youngest() {
   const int number = running_.back();
   Sequence& s = sequences_[number];
   if (end_node(s).lead == number) end_node(s).lead = kNone;
-  for (int i = 0; i < s.passed; ++i) tree_.expect(s.path[i]);
+  for (int i = 0; i < s.passed; ++i) tree_.expect(path(s)[i]);
   release(number);
   s.passed = s.fed = 0;
   s.state = State::kWaiting;
@@ -248,7 +279,7 @@ void Scheduler::preempt_youngest() {
 
 void Scheduler::finish(int number, const char* reason) {
   Sequence& s = sequences_[number];
-  for (int i = s.passed; i < static_cast<int>(s.path.size()); ++i) tree_.forget(s.path[i]);
+  for (int i = s.passed; i < static_cast<int>(path(s).size()); ++i) tree_.forget(path(s)[i]);
   release(number);
   if (s.state == State::kRunning) running_.erase(std::lower_bound(running_.begin(), running_.end(), number));
   s.state = State::kDone;
@@ -260,7 +291,7 @@ void Scheduler::release(int number) {
   Sequence& s = sequences_[number];
   tree_.begin_departure();
   for (int i = static_cast<int>(s.table.size()) - 1; i >= 0; --i) {
-    const int node = i < static_cast<int>(s.path.size()) ? s.path[i] : kNone;
+    const int node = i < static_cast<int>(path(s).size()) ? path(s)[i] : kNone;
     if (node == kNone || tree_[node].slice != s.table[i]) {
       pool_.release(s.table[i]);
       continue;
@@ -272,11 +303,12 @@ void Scheduler::release(int number) {
 }
 
 int Scheduler::will_need(const Sequence& s, int number) const {
-  // Everything it knows, and one slice further. A sequence that another one leads shares all but the tail.
-  const int soon = std::min(s.length() + slice_tokens_, s.limit - 1);
-  const int lead = tree_[s.path.back()].lead;
+  // Everything it knows, and half a slice further: a whole one leaves a tenth of the arena empty, none at all has most
+  // of what is admitted computed twice. A sequence that another one leads shares all but the tail.
+  const int soon = std::min(s.length() + (slice_tokens_ + 1) / 2, s.limit - 1);
+  const int lead = tree_[path(s).back()].lead;
   const bool led = s.generated() == 0 && lead != kNone && lead != number;
-  const int has = std::max(static_cast<int>(s.table.size()), led ? static_cast<int>(s.path.size()) - 1 : 0);
+  const int has = std::max(static_cast<int>(s.table.size()), led ? static_cast<int>(path(s).size()) - 1 : 0);
   return std::max(0, slices_for(soon) - has);
 }
 
@@ -288,7 +320,7 @@ void Scheduler::check() const {
       fail("slices of a sequence that does not run, first", s.table[0]);
     for (int slice : s.table) ++refs[slice];
     if (s.state == State::kDone) continue;
-    for (int i = s.passed; i < static_cast<int>(s.path.size()); ++i) ++pending[s.path[i]];
+    for (int i = s.passed; i < static_cast<int>(path(s).size()); ++i) ++pending[path(s)[i]];
   }
   for (int node = 0; node < tree_.size(); ++node) {
     if (pending[node] != tree_[node].pending) fail("wrong count of pending sequences at node", node);

@@ -10,11 +10,11 @@
 
 #include <cstdint>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "block_pool.h"
 #include "prefix_tree.h"
+#include "step.h"
 
 namespace rlhf_engine {
 
@@ -25,37 +25,28 @@ struct StopRule {
   std::vector<int> stop;  // finish reason "stop"
 };
 
+// What the samples of a prompt share.
+struct Prompt {
+  std::vector<int> tokens;
+  std::vector<int> path;  // its nodes in the prefix tree
+};
+
 struct Sequence {
-  std::vector<int> tokens;      // the prompt and what was generated
-  std::vector<float> logprobs;  // of the generated tokens
+  int owner = 0;                // its Prompt
   int prompt = 0;               // tokens in the prompt
+  std::vector<int> completion;  // what was generated
+  std::vector<float> logprobs;  // of the generated tokens
   int limit = 0;                // most tokens in all
   int rule = 0;                 // its StopRule
-  std::vector<int> path;        // the prompt's nodes
-  int passed = 0;               // how many of them it leases, computes or has replaced by a slice of its own
+  int passed = 0;               // how many of the prompt's nodes it leases, computes or has replaced by its own slice
   std::vector<int> table;       // its slices
   int fed = 0;                  // tokens whose keys and values are in the arena by the end of this step
   int farthest = 0;             // the most `fed` has been: what is fed again below it is recomputed
   State state = State::kWaiting;
-  std::string reason;  // finish reason, once done
+  const char* reason = "";  // finish reason, once done
 
-  int length() const { return static_cast<int>(tokens.size()); }
-  int generated() const { return length() - prompt; }
-};
-
-// One step, as flat arrays. A "row" is a sequence that takes part; a "draw" is a token to sample.
-struct Step {
-  std::vector<int64_t> input_ids, position_ids, slots;  // [tokens]
-  std::vector<int> rows;                                // [rows]: the sequences that take part
-  std::vector<int> tables;                              // [rows, width]
-  int width = 0;                                        // slices in the longest table
-  std::vector<int> context_lens, cu_q;                  // [rows], [rows + 1]
-  std::vector<int64_t> logit_rows;                      // [logits]: the tokens whose logits are wanted
-  std::vector<int64_t> draw_rows;                       // [draws]: which of those logits it is drawn from
-  std::vector<int64_t> draw_sequences, draw_positions;  // [draws]: whose next token, at which position
-  std::vector<std::pair<int, int>> copies;              // slices to copy before the forward: from, to
-
-  void clear();
+  int generated() const { return static_cast<int>(completion.size()); }
+  int length() const { return prompt + generated(); }
 };
 
 struct Counters {
@@ -69,10 +60,14 @@ class Scheduler {
   Scheduler(int num_slices, int slice_tokens, int max_active, int step_tokens);
 
   int add_rule(StopRule rule);
-  int add(const std::vector<int>& prompt, int max_new_tokens, int rule);  // returns the sequence's number
+  int add(std::vector<int> prompt, int max_new_tokens, int rule, int samples = 1);  // returns the first one's number
+  void set_draws(DrawColumns columns);                                              // one entry a sequence
   bool unfinished() const { return done_ < static_cast<int>(sequences_.size()); }
   const Step& plan();
   std::vector<int> commit(const int64_t* tokens, const float* logprobs, int count);  // returns who finished
+
+  void pack(const StepSizes& sizes, uint8_t* out, size_t bytes) const;  // the planned step; see step.h
+  Sequence take(int number);                                            // a finished sequence, which is forgotten here
 
   const Sequence& sequence(int number) const { return sequences_.at(number); }
   const Counters& counters() const { return counters_; }
@@ -82,7 +77,11 @@ class Scheduler {
 
  private:
   int slices_for(int tokens) const { return (tokens + slice_tokens_ - 1) / slice_tokens_; }
-  PrefixNode& end_node(const Sequence& s) { return tree_[s.path.back()]; }
+  const std::vector<int>& path(const Sequence& s) const { return prompts_[s.owner].path; }
+  int token(const Sequence& s, int p) const {
+    return p < s.prompt ? prompts_[s.owner].tokens[p] : s.completion[p - s.prompt];
+  }
+  PrefixNode& end_node(const Sequence& s) { return tree_[path(s).back()]; }
   void admit(int budget);
   void schedule(int number, int& budget);
   bool follow(int number);               // leases what others have computed; false: must wait for them
@@ -90,6 +89,7 @@ class Scheduler {
   bool own_tail(int number, int index);  // the same where others may share the tail
   bool make_room(int number);            // one free slice at least; false: preempted itself
   void emit(int number, int count);      // its next `count` tokens join the step
+  int64_t find_scratch() const;          // a slot that no row of the step reads; -1: none
   void draw(int number);                 // its next token is sampled from the step's newest logits
   void preempt_youngest();
   void release(int number);  // its slices go back
@@ -100,7 +100,9 @@ class Scheduler {
   PrefixTree tree_;
   int slice_tokens_, max_active_, step_tokens_;
   std::vector<StopRule> rules_;
+  std::vector<Prompt> prompts_;
   std::vector<Sequence> sequences_;
+  DrawColumns draws_;
   std::vector<int> running_;  // ascending
   int next_ = 0;              // no sequence before it waits
   int done_ = 0;

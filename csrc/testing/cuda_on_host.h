@@ -72,6 +72,20 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 }
 inline float __half2float(__half x) { return float(x.value); }
 inline __half __float2half_rn(float x) { return {_Float16(x)}; }
+// volatile: no compiler then fuses the operation with another
+inline float __fmul_rn(float a, float b) {
+  const volatile float rounded = a * b;
+  return rounded;
+}
+inline float __fadd_rn(float a, float b) {
+  const volatile float rounded = a + b;
+  return rounded;
+}
+inline float __fsub_rn(float a, float b) { return __fadd_rn(a, -b); }
+inline float __fdiv_rn(float a, float b) {
+  const volatile float rounded = a / b;
+  return rounded;
+}
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline int min(int a, int b) { return a < b ? a : b; }

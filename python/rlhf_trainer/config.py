@@ -102,6 +102,9 @@ class TrainConfig:
     stop_token_ids: list[int] = option([], "end a completion as end-of-sequence does", least=0)
 
     # reward shaping
+    reward_batch_size: int | None = option(
+        None, "prompts a call of the rewards, made as soon as they are completed; default: all in one", least=1
+    )
     kl_coef: float | None = option(None, "weight of the divergence from the reference", least=0)
     kl_estimator: str = option("kl", "the per-token divergence", choices=KL_ESTIMATORS)
     kl_controller: str = option("fixed", "of kl_coef", choices=("fixed", "adaptive"))

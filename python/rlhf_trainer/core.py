@@ -78,6 +78,8 @@ def train(config: TrainConfig) -> TrainResult:
         start = found.step
     with _writing(output_dir):
         log = MetricsLog(output_dir, config, resume_step=start or None)
+    if isinstance(phase, Online):
+        phase.progress = log.completed
     history: list[dict[str, float]] = []
     try:
         if start == 0:

@@ -66,6 +66,11 @@ class MetricsLog:
         for tracker in self._trackers:
             tracker.log(self.last, step=step)
 
+    def completed(self, done: int, total: int) -> None:
+        """Show how many of a rollout's completions are there."""
+        if self.active:
+            self._progress.completed(done, total)
+
     def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append completions as {"step", "prompt", "completion", "reward", ...}."""
         if self.active:
@@ -135,6 +140,8 @@ class Progress(Protocol):
 
     def show(self, step: int, values: Mapping[str, float], due: bool) -> None: ...
 
+    def completed(self, done: int, total: int) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -169,6 +176,9 @@ class PlainProgress:
             parts = [f"{label} {value}" for label, value in shown_values(values).items()]
             print("  ".join([f"step {step}/{self.total}", *parts]), file=self.file, flush=True)
 
+    def completed(self, done: int, total: int) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -190,11 +200,15 @@ class RichProgress:
             console=Console(file=file),
         )
         self.task = self.bar.add_task(title, total=total, completed=done, metrics="")
+        self.rollout = self.bar.add_task("rollout", total=None, metrics="", visible=False)
         self.bar.start()
 
     def show(self, step: int, values: Mapping[str, float], due: bool) -> None:
         text = "  ".join(f"[dim]{label}[/] {value}" for label, value in shown_values(values).items())
         self.bar.update(self.task, completed=step, metrics=text)
+
+    def completed(self, done: int, total: int) -> None:
+        self.bar.update(self.rollout, completed=done, total=total, visible=done < total)
 
     def close(self) -> None:
         self.bar.stop()

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from rlhf_kernels.generation import KVBudgetError, SlicedGenerator
+from rlhf_kernels.generation import KVBudgetError, SamplingParams, SlicedGenerator
+from rlhf_kernels.generation import Rollout as GeneratedRollout
 from rlhf_kernels.nn import HydraModel
 from rlhf_trainer.algorithms import Algorithm, Counts
 from rlhf_trainer.config import TrainConfig
@@ -16,6 +17,7 @@ from rlhf_trainer.errors import UserError, one_line
 from rlhf_trainer.optim import Optimizer
 from rlhf_trainer.rewards import RewardSum
 from rlhf_trainer.rollout import Rollout, completions, read, sample, sampling_params
+from rlhf_trainer.scoring import EarlyScores, score
 from rlhf_trainer.shaping import EXACT, KLController, shape_rewards, shape_scores
 
 EVAL_SEED = 1_000_003  # added to the seed of evaluations, so that their draws are not those of training
@@ -35,6 +37,7 @@ class Online:
     decode: Callable[[list[int]], str]
     end_tokens: tuple[int, ...] = ()  # besides the model's own end-of-sequence tokens
     samples: list[dict[str, Any]] = field(default_factory=list)  # the last rollout's first completions
+    progress: Callable[[int, int], None] = lambda done, total: None  # of the rollout: completions done, and of how many
 
     def __post_init__(self) -> None:
         config = self.config
@@ -61,10 +64,9 @@ class Online:
         prompts = [self.prompts[i] for i in self.order.at(step)]
         streams = [step * config.rollout_batch_size + i for i in range(len(prompts))]
         params = sampling_params(config, self.end_tokens, greedy_baseline=self.row.greedy_baseline)
-        rollout, greedy = sample(self.generator, [p.tokens for p in prompts], params, streams, self.model.device)
-        self.generator.sleep()
-        generated = time.perf_counter()
-        raw = self._score(rollout, greedy, prompts)
+        rollout, greedy, early = self._sample(prompts, params, streams)
+        generated = time.perf_counter() - (early.seconds if early else 0.0)
+        raw = self._score(rollout, greedy, prompts, early=early)
         shape_rewards(rollout, self.kl.value, config)
         assert self.row.advantages is not None
         self.row.advantages(rollout, config)
@@ -89,10 +91,8 @@ class Online:
         seed = self.config.seed + EVAL_SEED
         params = sampling_params(self.config, self.end_tokens, n=1, seed=seed)
         streams = list(range(len(self.eval_prompts)))
-        tokens = [p.tokens for p in self.eval_prompts]
-        rollout, _ = sample(self.generator, tokens, params, streams, self.model.device)
-        self.generator.sleep()
-        raw = self._score(rollout, None, self.eval_prompts, roles=("actor", "reference"), estimator="kl")
+        rollout, _, early = self._sample(self.eval_prompts, params, streams)
+        raw = self._score(rollout, None, self.eval_prompts, roles=("actor", "reference"), estimator="kl", early=early)
         lengths = rollout.completion_lengths.float()
         self.samples = self._sample_rows(rollout, raw, self.eval_prompts)
         return {
@@ -110,6 +110,24 @@ class Online:
         """The inverse of `state`."""
         self.kl.value = float(state["kl_coef"])
 
+    def _sample(
+        self, prompts: Sequence[Prompt], params: SamplingParams, streams: list[int]
+    ) -> tuple[Rollout, Rollout | None, EarlyScores | None]:
+        """The rollout, with the scores of rewards that are called while it runs; shows how far it is."""
+        size, early, total, done = self.config.reward_batch_size, None, len(prompts) * params.rollouts, 0
+        if self.rewards is not None and size is not None:
+            early = EarlyScores(self.rewards, prompts, self.decode, params.rollouts, size)
+
+        def finished(row: GeneratedRollout) -> None:
+            nonlocal done
+            done += 1
+            self.progress(done, total)
+            if early is not None:
+                early.add(row)
+
+        tokens = [prompt.tokens for prompt in prompts]
+        return *sample(self.generator, tokens, params, streams, self.model.device, finished), early
+
     def _score(
         self,
         rollout: Rollout,
@@ -117,6 +135,7 @@ class Online:
         prompts: Sequence[Prompt],
         roles: tuple[str, ...] | None = None,
         estimator: str | None = None,
+        early: EarlyScores | None = None,
     ) -> torch.Tensor:
         """Runs models and rewards over the rollout; leaves shaped scores and baselines in it, returns raw scores."""
         roles = self.row.scored if roles is None else roles
@@ -124,6 +143,8 @@ class Online:
             roles = (*roles, "reward")
             if greedy is not None:
                 read(self.model, greedy, ("reward",), self.config)
+        elif early is not None:
+            _fill_scores([rollout] if greedy is None else [rollout, greedy], early, self.model.device)
         else:
             self._call_rewards([rollout] if greedy is None else [rollout, greedy], prompts)
         read(self.model, rollout, roles, self.config, EXACT.get(estimator or self.config.kl_estimator))
@@ -140,9 +161,7 @@ class Online:
         assert self.rewards is not None
         rows = [prompts[i] for rollout in rollouts for i in rollout.prompt_index.tolist()]
         texts = [text for rollout in rollouts for text in completions(rollout, self.decode)]
-        names = {name: None for row in rows for name in row.columns}
-        columns = {name: [row.columns.get(name) for row in rows] for name in names}
-        scores = torch.tensor(self.rewards([row.text for row in rows], texts, columns), device=self.model.device)
+        scores = torch.tensor(score(self.rewards, rows, texts), device=self.model.device)
         for rollout, part in zip(rollouts, scores.float().split([len(rollout) for rollout in rollouts])):
             rollout.scores = part
 
@@ -209,3 +228,16 @@ class Online:
                 shown.completion_lengths.tolist(),
             )
         ]
+
+
+def _fill_scores(rollouts: Sequence[Rollout], early: EarlyScores, device: torch.device) -> None:
+    """The scores that are there already; a prompt's samples come first, its greedy completion after them."""
+    first = 0
+    for rollout in rollouts:
+        seen: dict[int, int] = {}
+        values = []
+        for prompt in rollout.prompt_index.tolist():
+            values.append(early.scores[prompt, first + seen.setdefault(prompt, 0)])
+            seen[prompt] += 1
+        first += max(seen.values(), default=0)
+        rollout.scores = torch.tensor(values, dtype=torch.float32, device=device)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_kernels.generation import Rollout as GeneratedRollout
 from rlhf_kernels.generation import SamplingParams, SlicedGenerator
 from rlhf_kernels.nn import HydraModel
 from rlhf_trainer.config import TrainConfig
@@ -30,6 +31,7 @@ PER_TOKEN = (
     "returns",
 )
 
+GROUPS = 32  # in which a rollout's completions are handed out: often enough to watch, seldom enough to cost nothing
 
 UNFILLED = torch.empty(0)
 
@@ -131,9 +133,23 @@ def sample(
     params: SamplingParams,
     streams: list[int],
     device: torch.device,
+    finished: Callable[[GeneratedRollout], None] = lambda row: None,
 ) -> tuple[Rollout, Rollout | None]:
-    """The sampled completions, and with `greedy_baseline` the greedy ones (one a prompt); scores are still zero."""
-    rows = generator.generate(prompts, params, role="actor", streams=streams)
+    """The sampled completions, and with `greedy_baseline` the greedy ones (one a prompt); scores are still zero.
+
+    finished: called with every completion soon after it is done. The KV arena's bytes are given back at the end, also
+    when that raises.
+    """
+    rows = []
+    every = max(1, len(prompts) * params.rollouts // GROUPS)
+    try:
+        for row in generator.stream(prompts, params, role="actor", streams=streams, every=every):
+            rows.append(row)
+            finished(row)
+    finally:
+        generator.close()
+        generator.sleep()
+    rows.sort(key=lambda row: (row.prompt_index, row.sample_index))
     sampled = _gather(prompts, [row for row in rows if not row.greedy or not params.greedy_baseline], device)
     greedy = [row for row in rows if row.greedy] if params.greedy_baseline else []
     return sampled, _gather(prompts, greedy, device) if greedy else None

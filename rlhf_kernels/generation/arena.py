@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_kernels.memory_size import parse_bytes
 from rlhf_kernels.ops import registry
-from rlhf_kernels.ops.attention import native
+from rlhf_kernels.ops.attention import native, triton_tier
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
 
@@ -111,14 +111,15 @@ class Arena:
             return
         starts, nbytes = self._layout(self.num_slices)
         with torch.inference_mode(False), torch.no_grad():
-            self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
             views = [
-                self._buffer[start : start + self.num_slices * plane]
+                buffer[start : start + self.num_slices * plane]
                 .view(self.dtype)
                 .view(self.num_slices, heads, self.slice_tokens, dim)
                 for start, plane, (heads, dim) in zip(starts, self._plane_bytes(), self._planes())
             ]
         self._keys, self._values = views[0::2], views[1::2]
+        self._buffer = buffer  # last: interrupted before, the arena is as it was
 
     def release(self) -> None:
         """Gives the bytes back; what was written is lost. The next use allocates them again."""
@@ -129,26 +130,25 @@ class Arena:
         """Puts tokens' keys and values in their places; a slot is slice * slice_tokens + offset.
 
         slots int64 [T];  k [T, kv_heads, k_dim];  v [T, kv_heads, v_dim], converted to the arena's dtype; no gradients.
-        Raises ValueError for shapes that do not fit and, on the CPU, IndexError for a slot outside the arena.
+        On a GPU a slot outside the arena is skipped: -1 pads a captured graph. Raises ValueError for shapes that do not
+        fit and, on the CPU, IndexError for a slot outside the arena.
         """
-        if slots.dtype != torch.int64 or slots.dim() != 1:
-            raise TypeError(f"slots is {slots.dtype} {tuple(slots.shape)}; it must be torch.int64 [tokens]")
         keys, values = self.keys[layer], self.values[layer]
-        kv_heads, k_dim, v_dim = self.layers[layer]
-        tokens = slots.shape[0]
-        if k.shape != (tokens, kv_heads, k_dim):
-            raise ValueError(f"k has shape {tuple(k.shape)}; layer {layer} and slots need {(tokens, kv_heads, k_dim)}")
-        if v.shape != (tokens, kv_heads, v_dim):
-            raise ValueError(f"v has shape {tuple(v.shape)}; layer {layer} and slots need {(tokens, kv_heads, v_dim)}")
+        self.check_rows(layer, slots, k, v)
+        backend = registry.choose("arena_write", keys)
+        if backend == "triton":
+            self.check_slots(slots)
+            triton_tier.arena_write(keys, values, slots, k.detach(), v.detach())
+            return
         k, v = k.detach().to(self.dtype), v.detach().to(self.dtype)
-        if registry.choose("arena_write", keys) == "native":
+        if backend == "native":
             try:  # the compiled op checks the slots as it reads them
                 native.arena_write(keys, values, slots, k, v)
             except RuntimeError:
-                self._check_slots(slots)
+                self.check_slots(slots)
                 raise
             return
-        self._check_slots(slots)
+        self.check_slots(slots)
         with torch.no_grad():
             index, offset = slots // self.slice_tokens, slots % self.slice_tokens
             keys[index, :, offset] = k
@@ -173,7 +173,19 @@ class Arena:
             for view in (*self.keys, *self.values):
                 view[target, :, :count] = view[source, :, :count]
 
-    def _check_slots(self, slots: Tensor) -> None:
+    def check_rows(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """What `write` raises for shapes."""
+        if slots.dtype != torch.int64 or slots.dim() != 1:
+            raise TypeError(f"slots is {slots.dtype} {tuple(slots.shape)}; it must be torch.int64 [tokens]")
+        kv_heads, k_dim, v_dim = self.layers[layer]
+        tokens = slots.shape[0]
+        if k.shape != (tokens, kv_heads, k_dim):
+            raise ValueError(f"k has shape {tuple(k.shape)}; layer {layer} and slots need {(tokens, kv_heads, k_dim)}")
+        if v.shape != (tokens, kv_heads, v_dim):
+            raise ValueError(f"v has shape {tuple(v.shape)}; layer {layer} and slots need {(tokens, kv_heads, v_dim)}")
+
+    def check_slots(self, slots: Tensor) -> None:
+        """What `write` raises for a slot outside the arena."""
         if slots.device.type != "cpu" or slots.numel() == 0:
             return
         low, high = slots.min().item(), slots.max().item()
@@ -200,12 +212,18 @@ class Arena:
 
 
 def layer_shapes(config: Any) -> list[LayerShape]:
-    """The cache shape of every attention layer of a transformers config; the dims of keys and values may differ."""
+    """The cache shape of every attention layer of a transformers config; layers, keys and values may differ."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(config, "is_heterogeneous", False):
+        return [_layer_shape(config.per_layer_config[layer]) for layer in range(config.num_hidden_layers)]
+    return [_layer_shape(config)] * config.num_hidden_layers
+
+
+def _layer_shape(config: Any) -> LayerShape:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     k_dim, v_dim = head_dim, getattr(config, "v_head_dim", None) or head_dim
     if getattr(config, "qk_nope_head_dim", None) is not None:  # latent attention: a key is a plain and a rotated part
         k_dim, kv_heads = config.qk_nope_head_dim + config.qk_rope_head_dim, heads
-    return [LayerShape(kv_heads, k_dim, v_dim)] * config.num_hidden_layers
+    return LayerShape(kv_heads, k_dim, v_dim)

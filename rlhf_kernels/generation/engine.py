@@ -5,19 +5,23 @@ together; then one fused sampling call draws the next token of every sequence th
 takes part.
 """
 
+import sys
 import time
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from rlhf_kernels import _engine
 from rlhf_kernels.generation.arena import Arena, layer_shapes
 from rlhf_kernels.generation.forward import Forward, end_tokens, forward_of, most_positions, vocabulary
+from rlhf_kernels.generation.graphs import CaptureError, DecodeGraphs, StaticStep
 from rlhf_kernels.generation.rollout import GenerationStats, Rollout
 from rlhf_kernels.generation.sampling_params import SamplingParams
-from rlhf_kernels.generation.scheduler import Schedule, as_tensor
-from rlhf_kernels.integrations.transformers import SlicedRows
+from rlhf_kernels.generation.scheduler import Schedule
+from rlhf_kernels.generation.step_buffers import StepBuffers, StepSizes
 from rlhf_kernels.memory_size import parse_bytes
 from rlhf_kernels.ops.sampling import sample
 
@@ -60,7 +64,10 @@ class SlicedGenerator:
         self.max_active = step_tokens if max_active is None else max_active
         self.stats = GenerationStats()
         self._forwards: dict[str, Forward] = {}
-        self._busy = False
+        self._stream: Callable[[], Any] = lambda: None  # the one that is being read
+        self._model_seconds = 0.0  # spent in the model and the sampling
+        self._graphs = DecodeGraphs()
+        self._buffers = StepBuffers(torch.device("cpu"))
         self._arena: Arena | None = None
         roles = getattr(model, "roles", None) or {"actor": None}
         self._arena_for(self._forward("actor" if "actor" in roles else next(iter(roles))))
@@ -84,7 +91,7 @@ class SlicedGenerator:
         outside the vocabulary, prompt + max_new_tokens above the model's max_position_embeddings, lists of the wrong
         length; all before anything is generated. FloatingPointError when the model's logits are NaN.
         """
-        rollouts = list(self.stream(prompts, params, role, streams))
+        rollouts = list(self._open(prompts, params, role, streams, sys.maxsize))
         return sorted(rollouts, key=lambda rollout: (rollout.prompt_index, rollout.sample_index))
 
     def stream(
@@ -93,8 +100,38 @@ class SlicedGenerator:
         params: SamplingParams | Sequence[SamplingParams],
         role: str = "actor",
         streams: Sequence[int] | None = None,
-    ) -> Iterator[Rollout]:
-        """The same rollouts, each as soon as it is finished; nothing runs between two of them, and closing ends it."""
+        every: int = 1,
+    ) -> Generator[Rollout, None, None]:
+        """The same rollouts, each as soon as it is finished; nothing runs between two of them, and closing ends it.
+
+        every: they are handed out when so many have finished. The model is made ready anew each time, which costs a
+        walk over its modules: a reader in no hurry asks for more than one.
+        """
+        if every < 1:
+            raise ValueError(f"every is {every}; it must be at least 1")
+        return self._open(prompts, params, role, streams, every)
+
+    def close(self) -> None:
+        """Ends the stream that is being read, if there is one; the generator can then be used again."""
+        stream = self._stream()
+        if stream is not None:
+            stream.close()
+
+    def sleep(self) -> None:
+        """Gives the bytes of the arena and of the CUDA graphs back; the next generate takes them again."""
+        self._check_idle()
+        self._graphs.clear()
+        if self._arena is not None:
+            self._arena.release()
+
+    def _open(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        role: str,
+        streams: Sequence[int] | None,
+        every: int,
+    ) -> Generator[Rollout, None, None]:
         forward = self._forward(role)
         arena = self._arena_for(forward)
         schedule = Schedule(
@@ -108,61 +145,76 @@ class SlicedGenerator:
             max_active=self.max_active,
             step_tokens=self.step_tokens,
         )
-        return self._run(forward, arena, schedule)
+        opened: list[weakref.ref] = []
+        stream = self._run(forward, arena, schedule, every, opened)
+        opened.append(weakref.ref(stream))
+        return stream
 
-    def sleep(self) -> None:
-        """Gives the arena's bytes back; the next generate allocates them again."""
+    def _run(
+        self, forward: Forward, arena: Arena, schedule: Schedule, every: int, opened: list[weakref.ref]
+    ) -> Generator[Rollout, None, None]:
+        """Steps until all is done; rollouts as soon as `every` have finished."""
         self._check_idle()
-        if self._arena is not None:
-            self._arena.release()
-
-    def _run(self, forward: Forward, arena: Arena, schedule: Schedule) -> Iterator[Rollout]:
-        self._check_idle()
-        self._busy = True
-        self.stats = GenerationStats()
-        try:
-            while schedule.core.unfinished:
-                start = time.perf_counter()
-                finished: list[int] = []
-                with torch.no_grad(), forward.prepared():
-                    while schedule.core.unfinished and not finished:
-                        finished = self._step(forward, arena, schedule)
-                rollouts = [schedule.rollout(number) for number in finished]
-                self._count(schedule, arena, time.perf_counter() - start)
-                yield from rollouts
-        finally:
-            self._busy = False
+        # No flag to be taken back: a generator that has raised, ended or been dropped is idle by itself.
+        self._stream = opened[0]
+        self._take(arena)
+        self.stats = GenerationStats(seconds=schedule.seconds, host_seconds=schedule.seconds)
+        core = schedule.core
+        while core.unfinished:
+            start, model_before = time.perf_counter(), self._model_seconds
+            finished: list[int] = []
+            with torch.no_grad(), forward.prepared():
+                self._graphs.refresh(forward, arena)
+                while core.unfinished and len(finished) < every:
+                    finished += self._step(forward, arena, schedule)
+            rollouts = [schedule.rollout(number) for number in finished]
+            self._count(schedule, arena, time.perf_counter() - start, self._model_seconds - model_before)
+            yield from rollouts
 
     def _step(self, forward: Forward, arena: Arena, schedule: Schedule) -> list[int]:
         """One forward and one draw for all that take part; returns the numbers of the sequences that finished."""
-        start = time.perf_counter()
-        step, device = schedule.core.plan(), arena.device
-        packed = SlicedRows(
-            arena,
-            as_tensor(step.slots, device),
-            as_tensor(step.slice_table, device),
-            as_tensor(step.context_lens, device),
-            as_tensor(step.cu_q, device),
-        )
-        input_ids, position_ids = as_tensor(step.input_ids, device), as_tensor(step.position_ids, device)
-        rows, sequences = as_tensor(step.logit_rows, device), step.draw_sequences
+        core = schedule.core
+        step = core.plan()
         arena.copy_slices(step.copies)
-        parameters = schedule.draw_parameters(sequences, device)
-        parameters["position"] = as_tensor(step.draw_positions, device)
-        device_start = time.perf_counter()
-        logits = forward.logits(input_ids, position_ids, packed, rows)
-        tokens, logprobs = _draw(logits, step.draw_rows, parameters)
-        device_end = time.perf_counter()
+        static = self._graphs.find(step, schedule, forward, arena, self.max_active)
+        if static is not None:
+            tokens, logprobs = self._replay(static, forward, arena, step, schedule)
+        else:
+            tokens, logprobs = self._eager(forward, arena, step, schedule)
         if np.isnan(logprobs).any():
-            bad = schedule.prompt_index[int(sequences[int(np.isnan(logprobs).argmax())])]
+            bad = schedule.prompt_index[int(step.draw_sequences[int(np.isnan(logprobs).argmax())])]
             raise FloatingPointError(f"the model's logits are NaN, first for prompts[{bad}]")
-        finished = schedule.core.commit(tokens, logprobs)
-        self.stats.host_seconds += time.perf_counter() - device_end + device_start - start
-        return finished
+        return core.commit(tokens, logprobs)
 
-    def _count(self, schedule: Schedule, arena: Arena, seconds: float) -> None:
+    def _eager(
+        self, forward: Forward, arena: Arena, step: "_engine.Step", schedule: Schedule
+    ) -> tuple[np.ndarray, np.ndarray]:
+        inputs = self._buffers.fill(schedule.core, StepSizes(*step.sizes))
+        packed, parameters, draw_rows = inputs.packed(arena), inputs.draws(schedule.unused), step.draw_rows
+        start = time.perf_counter()
+        logits = forward.logits(inputs.input_ids, inputs.position_ids, packed, inputs.logit_rows)
+        drawn = _draw(logits, draw_rows, parameters)
+        self._model_seconds += time.perf_counter() - start
+        return drawn
+
+    def _replay(
+        self, static: StaticStep, forward: Forward, arena: Arena, step: "_engine.Step", schedule: Schedule
+    ) -> tuple[np.ndarray, np.ndarray]:
+        static.fill(schedule.core)
+        start = time.perf_counter()
+        try:
+            drawn = static.replay(step.sizes[1])
+        except CaptureError as error:
+            self._graphs.give_up(error)
+            return self._eager(forward, arena, step, schedule)
+        self._model_seconds += time.perf_counter() - start
+        self.stats.replayed_steps += 1
+        return drawn
+
+    def _count(self, schedule: Schedule, arena: Arena, seconds: float, model_seconds: float) -> None:
         core, stats = schedule.core, self.stats
         stats.seconds += seconds
+        stats.host_seconds += seconds - model_seconds
         stats.steps = core.steps
         stats.mean_active = core.rows / core.steps
         stats.generated_tokens = core.generated_tokens
@@ -184,12 +236,27 @@ class SlicedGenerator:
         if arena is None or (arena.layers, arena.dtype, arena.device) != wanted:
             self._check_idle()
             layers, dtype, device = wanted
-            self._arena = arena = Arena(layers, self.kv_memory, self.slice_tokens, dtype, device)
+            arena = Arena(layers, self.kv_memory, self.slice_tokens, dtype, device)
+            self._take(arena)
         return arena
 
+    def _take(self, arena: Arena) -> None:
+        """Makes `arena` the one that holds bytes: a stream may have been opened for a model of another shape since."""
+        if self._arena is arena:
+            return
+        if self._arena is not None:
+            self._arena.release()
+        self._graphs.clear()
+        self._buffers = StepBuffers(arena.device)
+        self._arena = arena
+
     def _check_idle(self) -> None:
-        if self._busy:
-            raise RuntimeError("this generator is in the middle of a stream; read it to its end or close() it first")
+        stream = self._stream()
+        if stream is not None and stream.gi_frame is not None:
+            raise RuntimeError(
+                "this generator is in the middle of a stream; read it to its end or close() it first (the stream or, "
+                "where it is out of reach, this generator)"
+            )
 
 
 def _draw(logits: torch.Tensor, draw_rows: np.ndarray, parameters: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -199,7 +266,7 @@ def _draw(logits: torch.Tensor, draw_rows: np.ndarray, parameters: dict[str, Any
     if len(draw_rows) == len(logits):
         drawn = [sample(logits, **parameters)]
     else:  # several draw from one prompt's logits
-        rows = as_tensor(draw_rows, logits.device)
+        rows = torch.from_numpy(draw_rows).to(logits.device)
         piece = max(len(logits), DRAW_BYTES // (logits.shape[-1] * logits.element_size()))
         drawn = []
         for i in range(0, len(rows), piece):

@@ -6,11 +6,13 @@ and to eval mode while steps run, and is given back as it was.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from rlhf_kernels.generation.lean import lean_modules
 from rlhf_kernels.integrations.transformers import ATTENTION, SlicedRows, check_decoder, packed_attention
 
 
@@ -26,6 +28,27 @@ class Forward(Protocol):
         """input_ids and position_ids int64 [tokens], rows int64 [R], indices of tokens. Returns [R, vocabulary]."""
 
 
+@dataclass
+class FirstStep:
+    """A generator's first step: checks that no layer attends twice, where the arena holds one cache a layer."""
+
+    rows: SlicedRows
+    attended: set[int] = field(default_factory=set)
+
+    def attend(self, layer: int, *qkv: Tensor, **options: Any) -> Tensor:
+        self._count(layer)
+        return self.rows.attend(layer, *qkv, **options)
+
+    def rotate_and_attend(self, layer: int, *qkv: Any, **options: Any) -> Tensor:
+        self._count(layer)
+        return self.rows.rotate_and_attend(layer, *qkv, **options)
+
+    def _count(self, layer: int) -> None:
+        if layer in self.attended:  # the second time would overwrite what the first has written
+            raise ValueError(f"model is not supported: its layer {layer} attends more than once a step")
+        self.attended.add(layer)
+
+
 class HydraForward:
     """A role of a HydraModel, through its adapter."""
 
@@ -38,14 +61,19 @@ class HydraForward:
             )
         self.model, self.role = model, role
         self.lm = model.base_model(role)
+        self._checked = False
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
-        with eval_mode(self.model):
+        with eval_mode(self.model), lean_modules(self.lm).applied(self.lm, self.logits):
             yield
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, packed: SlicedRows, rows: Tensor) -> Tensor:
-        return self.model.decode(self.role, input_ids, position_ids, packed, rows)
+        first = not self._checked and type(packed) is SlicedRows  # a probe's layers attend in several ways
+        checked: Any = FirstStep(packed) if first else packed
+        out = self.model.decode(self.role, input_ids, position_ids, checked, rows)
+        self._checked |= first
+        return out
 
 
 class PlainForward:
@@ -58,6 +86,7 @@ class PlainForward:
         AttentionInterface.register(ATTENTION, packed_attention)
         self.lm = model
         self._configs = _configs(model)
+        self._checked = False
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
@@ -66,20 +95,22 @@ class PlainForward:
         for config in self._configs:
             config._attn_implementation_internal = ATTENTION
         try:
-            with eval_mode(self.lm):
+            with eval_mode(self.lm), lean_modules(self.lm).applied(self.lm, self.logits):
                 yield
         finally:
             for config, name in zip(self._configs, own):
                 config._attn_implementation_internal = name
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, packed: SlicedRows, rows: Tensor) -> Tensor:
+        first = not self._checked and type(packed) is SlicedRows  # a probe's layers attend in several ways
         out = self.lm(
             input_ids=input_ids[None],
             position_ids=position_ids[None],
             use_cache=False,
             logits_to_keep=rows,
-            packed=packed,
+            packed=FirstStep(packed) if first else packed,
         )
+        self._checked |= first
         return out.logits[0]
 
 
@@ -89,13 +120,15 @@ def forward_of(model: Any, role: str) -> Forward:
         return HydraForward(model, role)
     if not (hasattr(model, "set_attn_implementation") and hasattr(model, "get_output_embeddings")):
         raise TypeError(f"model is a {type(model).__name__}; it must be a HydraModel or a transformers causal LM")
+    if not model.can_generate():
+        raise TypeError(f"model is a {type(model).__name__}, which has no language-modelling head")
     return PlainForward(model)
 
 
 @contextmanager
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     """Modules in training mode (dropout) are in eval mode inside, and back in training mode after."""
-    training = [module for module in model.modules() if module.training] if model.training else []
+    training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:

@@ -24,9 +24,10 @@ class GenerationStats:
     """What the last generate call did (up to now, while it streams). Tokens are of all rollouts together."""
 
     generated_tokens: int = 0
-    seconds: float = 0.0  # of the call itself, without its stream's reader
-    host_seconds: float = 0.0  # planning, building arrays and book-keeping: everything but the model and the sampling
+    seconds: float = 0.0  # of the call itself, checking the prompts included, without its stream's reader
+    host_seconds: float = 0.0  # all of that but the model and the sampling: what the engine itself costs
     steps: int = 0
+    replayed_steps: int = 0  # of those, from CUDA graphs
     mean_active: float = 0.0  # sequences a step
     preemptions: int = 0
     prefix_tokens_shared: int = 0  # prompt tokens that read keys and values another sequence had computed
@@ -38,3 +39,8 @@ class GenerationStats:
     def tokens_per_second(self) -> float:
         """Generated tokens a second of the call's own time."""
         return self.generated_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def host_share(self) -> float:
+        """The engine's own part of the call's time, 0 to 1."""
+        return self.host_seconds / self.seconds if self.seconds else 0.0

@@ -6,6 +6,7 @@ from typing import Any
 
 LARGEST_INT64 = 2**63 - 1
 LARGEST_TOKEN = 2**31 - 1  # the engine's tokens are int32
+TEMPERATURES = 2.0**-126, 2.0**128 - 2.0**104  # fp32's smallest and largest normal numbers
 
 
 @dataclass(frozen=True)
@@ -13,7 +14,7 @@ class SamplingParams:
     """How a prompt's completions are drawn.
 
     max_new_tokens: at most so many tokens, >= 1.
-    temperature: >= 0; 0 is greedy decoding, with logprobs at temperature 1.
+    temperature: 0, or a normal fp32 number > 0; 0 is greedy decoding, with logprobs at temperature 1.
     top_k: keep the k likeliest tokens (0: all), then top_p: the smallest set with that much mass (1: all), then
         min_p: tokens with at least that share of the likeliest one's probability (0: all).
     n: rollouts a prompt, each with its own random numbers.
@@ -40,6 +41,9 @@ class SamplingParams:
             _check_int(name, getattr(self, name), least)
         for name, most in (("temperature", math.inf), ("top_p", 1.0), ("min_p", 1.0)):
             _check_float(name, getattr(self, name), most)
+        if self.temperature and not TEMPERATURES[0] <= self.temperature <= TEMPERATURES[1]:
+            bounds = "0, or between {:.2g} and {:.2g}".format(*TEMPERATURES)
+            raise ValueError(f"temperature is {self.temperature}; it must be {bounds}")
         for name in ("greedy_baseline", "ignore_eos"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")

@@ -1,15 +1,15 @@
 """One generate call's sequences: checked, numbered for the C++ core, with the sampling parameters of each.
 
 The core (`csrc/engine`) decides what runs in each step: admission, prefix sharing, preemption, refill. A sequence's
-number there is its rank, in the order (prompt_index, sample_index); here lie the sequences' parameters, by number.
+number there is its rank, in the order (prompt_index, sample_index). All that is done here is done once a call: a step
+costs the host what its own rows cost, however many sequences wait or have finished.
 """
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from rlhf_kernels.generation.arena import Arena
 from rlhf_kernels.generation.rollout import Rollout
@@ -21,6 +21,15 @@ except ImportError as error:  # pragma: no cover
     raise ImportError(
         "rlhf_kernels._engine is not built: run `pip install --no-build-isolation .` (it needs a C++20 compiler)"
     ) from error
+
+DRAW_FIELDS: dict[str, type] = {
+    "temperature": np.float64,
+    "top_k": np.int64,
+    "top_p": np.float64,
+    "min_p": np.float64,
+    "seed": np.int64,
+}
+FILTERS: dict[str, float] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # and the value that lets everything through
 
 
 class KVBudgetError(ValueError):
@@ -46,6 +55,7 @@ class Schedule:
         max_active: int,
         step_tokens: int,
     ) -> None:
+        start = time.perf_counter()
         self.core = _engine.Scheduler(arena.num_slices, arena.slice_tokens, max_active, step_tokens)
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise TypeError(f"prompts must be a list of lists of token ids, got {type(prompts).__name__}")
@@ -55,56 +65,42 @@ class Schedule:
         for i, (prompt, p) in enumerate(zip(tokens, each)):
             _check_length(i, len(prompt), p.max_new_tokens, most_positions, arena)
         rules: dict[tuple, int] = {}
-        self.prompt_index: list[int] = []
-        self.sample_index: list[int] = []
-        for i, (prompt, p) in enumerate(zip(tokens, each)):
+        for prompt, p in zip(tokens, each):
             key = (p.ignore_eos, p.stop_token_ids)
             if key not in rules:
                 rules[key] = self.core.add_rule([] if p.ignore_eos else list(end_tokens), list(p.stop_token_ids))
-            for sample in range(p.rollouts):
-                self.core.add(prompt, p.max_new_tokens, rules[key])
-                self.prompt_index.append(i)
-                self.sample_index.append(sample)
-        self.greedy = [each[i].temperature == 0 or s == each[i].n for i, s in zip(self.prompt_index, self.sample_index)]
-        # a column with one value throughout stays a number, and costs nothing a step
-        self._columns = {
-            name: _column([getattr(each[i], name) for i in self.prompt_index], dtype)
-            for name, dtype in (
-                ("temperature", np.float32),
-                ("top_k", np.int64),
-                ("top_p", np.float64),
-                ("min_p", np.float64),
-                ("seed", np.int64),
-            )
-        }
-        self._columns["stream"] = _column([stream_ids[i] for i in self.prompt_index], np.int64)
-        self._columns["sample_index"] = _column(self.sample_index, np.int64)
-        self._columns["greedy"] = _column(self.greedy, np.bool_)
+            self.core.add(prompt, p.max_new_tokens, rules[key], p.rollouts)
+        self._set_draws(each, stream_ids)
+        longest = max((len(prompt) + p.max_new_tokens - 1 for prompt, p in zip(tokens, each)), default=0)
+        self.most_slices = -(-longest // arena.slice_tokens)  # of one sequence
+        self.seconds = time.perf_counter() - start  # what all this took
 
-    def draw_parameters(self, sequences: np.ndarray, device: torch.device) -> dict[str, Any]:
-        """`sample`'s keywords for the next tokens of `sequences`, int64 [draws]."""
-        return {
-            name: torch.from_numpy(column[sequences]).to(device) if isinstance(column, np.ndarray) else column
-            for name, column in self._columns.items()
+    def _set_draws(self, each: list[SamplingParams], streams: list[int]) -> None:
+        """Gives the core every sequence's sampling parameters, as columns."""
+        count = len(each)
+        rollouts = np.fromiter((p.rollouts for p in each), np.int64, count)
+        self.prompt_index = np.repeat(np.arange(count), rollouts)
+        first = rollouts.cumsum() - rollouts
+        self.sample_index = np.arange(len(self.prompt_index)) - first[self.prompt_index]
+        column: dict[str, np.ndarray] = {
+            name: np.fromiter((getattr(p, name) for p in each), dtype, count) for name, dtype in DRAW_FIELDS.items()
         }
-
-    def rollout(self, number: int) -> Rollout:
-        """What a finished sequence generated."""
-        tokens, logprobs, reason = self.core.outcome(number)
-        return Rollout(
-            self.prompt_index[number], self.sample_index[number], tokens, logprobs, reason, self.greedy[number]
+        apart = self.sample_index == np.fromiter((p.n for p in each), np.int64, count)[self.prompt_index]
+        self.greedy = (column["temperature"] == 0)[self.prompt_index] | apart
+        # a filter that no one uses stays a number
+        self.unused = {name: off for name, off in FILTERS.items() if (column[name] == off).all()}
+        column["stream"] = np.array(streams, np.int64)
+        self.core.set_draws(
+            **{name: values[self.prompt_index] for name, values in column.items()},
+            sample_index=self.sample_index,
+            greedy=self.greedy,
         )
 
-
-def as_tensor(values: np.ndarray, device: torch.device) -> Tensor:
-    """A step's array on the model's device."""
-    return torch.from_numpy(values).to(device, non_blocking=True)
-
-
-def _column(values: list, dtype: type) -> Any:
-    if all(value == values[0] for value in values):
-        return values[0] if values else 0
-    return np.array(values, dtype=dtype)
+    def rollout(self, number: int) -> Rollout:
+        """What a finished sequence generated; it is forgotten here."""
+        tokens, logprobs, reason = self.core.take(number)
+        prompt, sample = int(self.prompt_index[number]), int(self.sample_index[number])
+        return Rollout(prompt, sample, tokens, logprobs, reason, bool(self.greedy[number]))
 
 
 def _one_per_prompt(params: Any, count: int) -> list[SamplingParams]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from rlhf_kernels.ops.attention import sliced_attention, varlen_attention
+from rlhf_kernels.ops.attention import native, sliced_attention, varlen_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +50,28 @@ class SlicedRows:
         # autocast may bring q in another dtype than the model's own, which the arena has
         return sliced_attention(q.to(self.arena.dtype), self.arena, layer, *places, **options).to(q.dtype)
 
+    def rotate_and_attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """`attend` after the rotary embedding of q (where it lies) and k by cos and sin [tokens, rotated dims].
+
+        For the CPU's own kernels, whose dtype and layout everything has already; the ops check what they read.
+        """
+        keys, values = self.arena.keys[layer], self.arena.values[layer]
+        torch.ops.rlhf_kernels.rotate_write(q, k, v, cos, sin, keys, values, self.slots)
+        scale = q.shape[2] ** -0.5 if scale is None else scale
+        places = self.slice_table, self.context_lens, self.cu_q
+        return native.sliced_attention(q, keys, values, *places, scale, window or 0, softcap or 0.0)
+
 
 def packed_attention(
     module: torch.nn.Module,
@@ -66,7 +88,12 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query [1, heads, tokens, d], key and value [1, kv heads, tokens, d]."""
     if packed is None:
-        raise ValueError("packed: this model's attention runs on packed rows only; pass packed=PackedRows(...)")
+        raise ValueError(
+            "packed: this model's attention runs on packed rows only; pass packed=PackedRows(...). If you did, a layer "
+            "of the model hands no keywords down to its attention, and the model is not supported"
+        )
+    if attention_mask is not None:
+        raise ValueError(f"model: {type(module).__name__} is not supported: it makes an attention mask of its own")
     if kwargs.get("s_aux") is not None:
         raise ValueError("s_aux: attention sinks are not supported")
     # under autocast the rotation leaves q and k in fp32 and v in the low dtype
@@ -104,7 +131,7 @@ def check_decoder(model: "PreTrainedModel") -> None:
     problem = None
     kinds = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
     rope = _rope_types(getattr(config, "rope_parameters", None)) | _rope_types(getattr(config, "rope_scaling", None))
-    parameters = list(model.named_parameters())
+    parameters, modules = list(model.named_parameters()), list(model.named_modules())
     if model.config.is_encoder_decoder:
         problem = "it is an encoder-decoder model; only causal decoders are supported"
     elif getattr(model, "_is_stateful", False) or kinds:
@@ -118,6 +145,10 @@ def check_decoder(model: "PreTrainedModel") -> None:
         problem = f"its rope type {', '.join(sorted(rope))} depends on the longest position of the whole packed row"
     elif any(n.endswith("sinks") for n, _ in parameters):
         problem = "its attention has sinks"
+    elif any(getattr(m, "is_causal", None) is False for _, m in modules):
+        problem = "its attention is not causal"
+    elif any(n.endswith("position_embeddings") and getattr(m, "padding_idx", None) is not None for n, m in modules):
+        problem = "it counts positions from its padding token's id on, not from 0"
     if problem:
         raise ValueError(f"model: {name} is not supported: {problem}")
 

@@ -15,6 +15,9 @@ FILES = (
     "rlhf_kernels.ops.logprob.triton_logits",
     "rlhf_kernels.ops.logprob.triton_shipped",
     "rlhf_kernels.ops.lora.triton_shipped",
+    "rlhf_kernels.ops.advantage.triton_scan",
+    "rlhf_kernels.ops.advantage.triton_whiten",
+    "rlhf_kernels.ops.attention.triton_shipped",
 )
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -31,6 +34,7 @@ class Shipped:
     num_warps, num_stages: as in a launch.
     divisible: arguments known to be multiples of 16 (pointers: of 16 bytes), as a launch finds out by itself.
     gemm: it multiplies matrices, so on a chip that has them it must use the warp-group or matrix-core instructions.
+    few_rows: it multiplies matrices of fewer rows than a warp group's instruction takes: a warp's must be there.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Shipped:
     num_stages: int = 3
     divisible: tuple[str, ...] = ()
     gemm: bool = False
+    few_rows: bool = False
 
     def __post_init__(self) -> None:
         known = set(self.kernel.arg_names)

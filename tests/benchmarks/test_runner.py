@@ -76,6 +76,45 @@ def test_a_peer_that_fails_says_so_and_ours_stops_the_run(clock):
         runner.time_case(Case("race", lambda tiny: {OURS: ready(fails)}, OURS), rounds=1)
 
 
+def test_a_peer_that_fails_in_a_round_drops_out(clock):
+    runs = iter([None, RuntimeError("out of memory")])
+
+    def run() -> None:
+        clock.now += 1.0
+        error = next(runs)
+        if error:
+            raise error
+
+    contestants = {"slow": clock.contestant("slow", 3.0), "greedy": ready(run)}
+    slow, greedy = runner.time_case(Case("race", lambda tiny: contestants, "slow"), rounds=3)
+    assert (slow.rounds, greedy.median_s, greedy.unavailable) == (3, None, "fails: out of memory")
+
+
+def test_contestants_that_warm_themselves_up_run_in_the_rounds_only(clock):
+    runner.time_case(race(clock, warmed=True), rounds=2)
+    assert clock.ran == ["slow", OURS] * 2
+
+
+def test_where_tokens_are_counted_speeds_and_targets_are_of_times_a_token(clock):
+    case = race(clock, tokens={"slow": 30, OURS: 100}, targets=(Target("slow", at_least=9),))
+    timings = runner.time_case(case, rounds=1)
+    assert timings[1].ratio == pytest.approx(10)  # 0.1 s a token against 0.01
+    (verdict,) = runner.judge(case, timings)
+    assert (verdict.measured, verdict.met) == (pytest.approx(10), True)
+    assert tables.columns(timings)[1] == tables.RATE
+    assert [row[1] for row in tables.rows(timings)] == ["10", "100", ""]
+    assert tables.RATE not in tables.columns(runner.time_case(race(clock), rounds=1))
+
+
+def test_a_target_may_speak_of_the_best_of_several(clock):
+    timings = [Timing("race", "batch 1", 4.0), Timing("race", "batch 2", 3.0), Timing("race", OURS, 1.0)]
+    timings += [Timing("race", "batch 3", unavailable="needs a GPU"), Timing("race", "other", 2.0)]
+    (verdict,) = runner.judge(race(clock, targets=(Target("batch", at_least=3),)), timings)
+    assert verdict.sentence() == "3.00x faster than batch 2: target >= 3, met"
+    (verdict,) = runner.judge(race(clock, targets=(Target("batch", at_least=3),)), timings[-3:])
+    assert verdict.sentence() == "time against batch: not measured, target >= 3"
+
+
 def test_only_some_contestants_can_be_asked_for(clock):
     assert [t.contestant for t in runner.time_case(race(clock), 1, who=["rlhf", "go"])] == [OURS, "gone"]
     assert clock.ran == [OURS, OURS]
@@ -121,6 +160,13 @@ def test_what_a_case_checks_becomes_a_verdict(clock):
     assert [v.met for v in verdicts] == [True, False, False]
     assert verdicts[0].sentence() == "the loss: relative error 3.0e-07: target <= 1e-06, met"
     assert runner.checked(race(clock, checks=absent)) == []
+
+    def shares() -> list[Check]:
+        return [Check("host share", 0.0612, 0.05, "share"), Check("tokens that differ", 0, 0, "count")]
+
+    share, count = runner.checked(race(clock, checks=shares))
+    assert share.sentence() == "host share: 6.12 %: target <= 5 %, missed"
+    assert count.sentence() == "tokens that differ: 0: target <= 0, met"
 
 
 @pytest.mark.parametrize(
@@ -180,10 +226,10 @@ def test_markdown_has_every_contestant_its_verdict_and_the_gpu_table_as_not_meas
     assert "`head` on an H200: not measured" in text
     assert "<= 27 ms" in text
     assert "| <= 1.1 times the time of frozen linear | not measured |" in text
-    measured = [replace(result, benchmark=name) for name in ("head", "lora")]
+    measured = [replace(result, benchmark=name) for name in tables.BENCHED]
     measured += [replace(one, device="cuda", machine={"gpu": "H200"}) for one in measured]
     assert "not measured" not in tables.markdown(measured)
-    assert tables.markdown([]).count(": not measured") == 4
+    assert tables.markdown([]).count(": not measured") == 2 * len(tables.BENCHED)
 
 
 def test_the_terminal_table_shows_what_the_file_holds(result, capsys):

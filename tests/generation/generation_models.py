@@ -6,7 +6,8 @@ import torch
 import transformers
 from architectures import CONFIGS, GATED, SIZES, build
 
-from rlhf_kernels.generation import SamplingParams, SlicedGenerator, engine
+from rlhf_kernels.generation import SamplingParams, SlicedGenerator, engine, graphs
+from rlhf_kernels.ops.sampling import sample
 
 WINDOWED = "qwen2-windows"
 NAMES = [*CONFIGS, WINDOWED]
@@ -42,13 +43,13 @@ def greedy(**options) -> SamplingParams:
 def record_logits(monkeypatch) -> dict[tuple[int, int], torch.Tensor]:
     """Fills (stream, position) -> the logits that token was drawn from, as a generator runs."""
     found: dict[tuple[int, int], torch.Tensor] = {}
-    draw = engine._draw
 
-    def recording(logits, draw_rows, parameters):
-        streams = torch.as_tensor(parameters["stream"]).expand(len(draw_rows)).tolist()
-        for row, stream, position in zip(draw_rows, streams, parameters["position"].tolist()):
-            found[stream, position] = logits[row].clone()
-        return draw(logits, draw_rows, parameters)
+    def recording(logits, *, stream, position, **parameters):
+        streams = torch.as_tensor(stream).expand(len(logits)).tolist()
+        for row, number, place in zip(logits, streams, position.tolist()):
+            found[number, place] = row.clone()
+        return sample(logits, stream=stream, position=position, **parameters)
 
-    monkeypatch.setattr(engine, "_draw", recording)
+    for module in (engine, graphs):
+        monkeypatch.setattr(module, "sample", recording)
     return found

@@ -112,7 +112,7 @@ def test_nothing_is_allocated_before_the_first_use():
 
 
 def test_config_sizes_by_its_kv_heads_and_head_dims():
-    from transformers import DeepseekV3Config, GPT2Config, LlamaConfig
+    from transformers import DeepseekV3Config, Gemma4TextConfig, GPT2Config, LlamaConfig
 
     llama = LlamaConfig(hidden_size=64, num_attention_heads=8, num_key_value_heads=2, num_hidden_layers=3)
     assert layer_shapes(llama) == [(2, 8, 8)] * 3
@@ -121,6 +121,11 @@ def test_config_sizes_by_its_kv_heads_and_head_dims():
         num_attention_heads=4, num_hidden_layers=1, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=20
     )
     assert layer_shapes(latent) == [(4, 24, 20)]
+    mixed = Gemma4TextConfig(
+        num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, head_dim=8, global_head_dim=16,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    assert layer_shapes(mixed) == [(2, 8, 8), (2, 16, 16)]
     arena = Arena.from_config(llama, "1MiB", slice_tokens=16, dtype=torch.bfloat16)
     assert arena.keys[2].shape[1:] == (2, 16, 8)
     assert arena.dtype == torch.bfloat16

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from generation_models import SLICE, WINDOWED, generator, greedy, model, prompts, slice_bytes
+from generation_models import NAMES, SLICE, WINDOWED, generator, greedy, model, prompts, slice_bytes
 
 from rlhf_kernels.generation import SamplingParams, SlicedGenerator
 
@@ -69,3 +69,42 @@ def test_a_prompt_that_fits_exactly_finishes_alone():
     (rollout,) = gen.generate(prompts([9]), SamplingParams(max_new_tokens=8))
     assert len(rollout.tokens) == 8
     assert gen.stats.peak_kv_bytes == slices(9, 8) * slice_bytes(lm)
+
+
+BUDGETS = [1, 2, 4, 8, 16]
+MATRIX_PARAMS = {
+    "greedy": greedy(max_new_tokens=NEW),
+    "sampled": SamplingParams(max_new_tokens=NEW, seed=11),
+    "filtered": SamplingParams(max_new_tokens=NEW, temperature=0.8, top_k=40, top_p=0.95, min_p=0.01, seed=5),
+}
+
+
+def check_budgets(lm, params, slice_tokens, max_active, budgets, step_tokens=512):
+    """The same tokens at every share of `whole at once`, each time with the prompts in another order."""
+    given, streams = prompts(LENGTHS), [1000 - 3 * i for i in range(len(LENGTHS))]
+    want = SlicedGenerator(lm, "16MiB").generate(given, params, streams=streams)
+    each = [-(-(length + NEW - 1) // slice_tokens) for length in LENGTHS]
+    size = slice_bytes(lm) // SLICE * slice_tokens
+    for share in budgets:
+        budget = max(sum(each) * size // share, max(each) * size)
+        order = random.Random(share).sample(range(len(given)), len(given))
+        gen = SlicedGenerator(lm, budget, slice_tokens, max_active, step_tokens)
+        got = gen.generate([given[i] for i in order], params, streams=[streams[i] for i in order])
+        assert [r.tokens for r in got] == [want[i].tokens for i in order], (share, slice_tokens, max_active)
+        assert gen.stats.peak_kv_bytes <= gen._arena.nbytes <= budget
+
+
+@pytest.mark.parametrize("slice_tokens", [8, 16, 64])
+def test_a_sixteenth_of_the_whole_is_enough_at_every_slice_size(slice_tokens):
+    check_budgets(model("qwen2"), MATRIX_PARAMS["filtered"], slice_tokens, 7, [1, 16])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_active", [1, 2, 7, 64])
+@pytest.mark.parametrize("slice_tokens", [8, 16, 64])
+@pytest.mark.parametrize("params", MATRIX_PARAMS.values(), ids=MATRIX_PARAMS.keys())
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_are_the_same_at_every_budget_slice_size_order_and_number_together(
+    name, params, slice_tokens, max_active
+):
+    check_budgets(model(name), params, slice_tokens, max_active, BUDGETS, step_tokens=37)

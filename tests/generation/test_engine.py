@@ -1,6 +1,7 @@
 """SlicedGenerator computes what transformers computes, and its rollouts carry the logprobs of what it sampled."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -61,6 +62,9 @@ def test_dropout_is_off_while_generating():
     lm = model("gpt2")
     want = generator(lm).generate(prompts([6]), greedy(max_new_tokens=8))
     assert generator(lm.train()).generate(prompts([6]), greedy(max_new_tokens=8)) == want
+    lm.eval().transformer.drop.train()  # a part of it alone
+    assert generator(lm).generate(prompts([6]), greedy(max_new_tokens=8)) == want
+    assert lm.transformer.drop.training
 
 
 @pytest.mark.parametrize("eos", [int, list], ids=["int", "list"])
@@ -174,3 +178,37 @@ def test_stats_count_the_call():
     assert 0 < stats.host_seconds < stats.seconds
     assert stats.tokens_per_second == pytest.approx(24 / stats.seconds)
     assert 0 < stats.peak_kv_bytes <= 7 * gen._arena.slice_bytes
+
+
+def test_a_stream_may_hand_out_in_groups():
+    gen = generator(model())
+    call = prompts([5] * 5), [SamplingParams(max_new_tokens=n) for n in (2, 3, 4, 5, 6)]
+    found = []
+    for rollout in gen.stream(*call, every=2):
+        found.append((rollout.prompt_index, gen.stats.steps))
+    assert found == [(0, 3), (1, 3), (2, 5), (3, 5), (4, 6)]
+    with pytest.raises(ValueError, match="every is 0; it must be at least 1"):
+        gen.stream(*call, every=0)
+
+
+@pytest.mark.parametrize("queued", [20, 2000])
+def test_a_step_costs_the_host_the_same_however_many_wait(queued, monkeypatch):
+    lines = []
+    for given in (prompts([4] * 6), prompts([4] * queued)):
+        gen = generator(model(), max_active=4)
+        stream = gen.stream(given, SamplingParams(max_new_tokens=3))
+        count = 0
+
+        def trace(frame, event, argument):
+            nonlocal count
+            count += event == "line" and "rlhf_kernels/generation" in frame.f_code.co_filename
+            return trace
+
+        sys.settrace(trace)
+        try:
+            next(stream)
+        finally:
+            sys.settrace(None)
+        lines.append(count)
+    assert lines[0] == lines[1]
+    assert gen.stats.host_seconds < gen.stats.seconds

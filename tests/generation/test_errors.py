@@ -62,6 +62,8 @@ def test_bad_params_and_streams(gen, params, streams, error, words):
         ("temperature", float("nan"), ValueError),
         ("temperature", float("inf"), ValueError),
         ("temperature", "1", TypeError),
+        ("temperature", 1e39, ValueError),
+        ("temperature", 1e-50, ValueError),
         ("top_k", -1, ValueError),
         ("top_k", True, TypeError),
         ("top_p", 1.1, ValueError),
@@ -100,6 +102,20 @@ def test_bad_generator_options(options, words):
 def test_a_model_that_is_none():
     with pytest.raises(TypeError, match="model is a Linear; it must be a HydraModel or a transformers causal LM"):
         SlicedGenerator(torch.nn.Linear(2, 2), "1MiB")
+
+
+@pytest.mark.parametrize("kind", [transformers.LlamaModel, transformers.LlamaForSequenceClassification])
+def test_a_model_without_a_language_modelling_head(kind):
+    with pytest.raises(TypeError, match=f"model is a {kind.__name__}, which has no language-modelling head"):
+        SlicedGenerator(kind(transformers.LlamaConfig(**SIZES, **GATED)), "1MiB")
+
+
+def test_a_model_whose_layers_attend_twice_is_refused_before_anything_is_generated():
+    lm = transformers.AutoModelForCausalLM.from_config(transformers.DiffLlamaConfig(**SIZES, **GATED))
+    gen = generator(lm)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="its layer 0 attends more than once a step"):
+            gen.generate(prompts([5]), GOOD)
 
 
 def test_a_model_whose_positions_depend_on_the_row_is_refused():

@@ -1,6 +1,7 @@
 """Equal prompts and equal heads are computed once, draws differ by stream and sample, and a pair is two rollouts."""
 
-from generation_models import SLICE, generator, greedy, model, prompts
+import pytest
+from generation_models import NAMES, SLICE, generator, greedy, model, prompts
 
 from rlhf_kernels.generation import SamplingParams
 
@@ -68,3 +69,16 @@ def test_many_samples_draw_from_one_row_in_pieces(monkeypatch):
     monkeypatch.setattr(engine, "DRAW_BYTES", 3 * 131 * 4)
     got = generator(model()).generate(prompts([6]), SamplingParams(max_new_tokens=2, n=7, greedy_baseline=True))
     assert [r.tokens for r in got] == [r.tokens for r in want]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pairs_halves_are_what_two_calls_give(name):
+    """ReMax: the greedy half is greedy decoding; the others are those of calls with n=1, by (seed, stream, sample)."""
+    lm, given, streams = model(name), prompts([14, 5, 21, 5]), [7, -3, 2**40, 11]
+    options = {"max_new_tokens": 10, "temperature": 0.7, "top_p": 0.9, "seed": 4}
+    pairs = generator(lm, 40).generate(given, SamplingParams(n=2, greedy_baseline=True, **options), streams=streams)
+    apart = [generator(lm).generate([p], SamplingParams(**options), streams=[s]) for p, s in zip(given, streams)]
+    baseline = generator(lm).generate(given, greedy(max_new_tokens=10))
+    assert [r.tokens for r in pairs[0::3]] == [r.tokens for (r,) in apart]
+    assert [r.tokens for r in pairs[2::3]] == [r.tokens for r in baseline]
+    assert all(a.tokens != b.tokens for a, b in zip(pairs[0::3], pairs[1::3]))

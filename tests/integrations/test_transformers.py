@@ -57,6 +57,7 @@ def rope(kind):
     return T.LlamaConfig(**SIZES, **GATED, rope_parameters=settings)
 
 
+ENCODER = {name: value for name, value in SIZES.items() if name != "tie_word_embeddings"} | {"intermediate_size": 80}
 REFUSED = {
     "mixture of experts": (
         lambda: T.MixtralConfig(**SIZES, **GATED, num_local_experts=2), "mixture-of-experts weights as 3-D parameters",
@@ -68,6 +69,8 @@ REFUSED = {
         lambda: T.Qwen3NextConfig(**SIZES, **GATED, num_experts=2, num_experts_per_tok=1, head_dim=8), "recurrent",
     ),
     "bloom": (lambda: T.BloomConfig(vocab_size=131, hidden_size=48, n_layer=2, n_head=6), "attention interface"),
+    "bert": (lambda: T.BertConfig(**ENCODER), "not causal"),
+    "roberta": (lambda: T.RobertaConfig(**ENCODER | {"pad_token_id": 1}, is_decoder=True), "padding token's id"),
     "rope dynamic": (lambda: rope("dynamic"), "rope type dynamic"),
     "rope longrope": (lambda: rope("longrope"), "rope type longrope"),
 }  # fmt: skip
@@ -86,3 +89,20 @@ def test_an_encoder_decoder_is_refused():
     config = T.T5Config(vocab_size=131, d_model=48, d_kv=8, d_ff=64, num_layers=2, num_heads=6)
     with pytest.raises(ValueError, match="encoder-decoder"):
         check_decoder(T.T5ForConditionalGeneration(config))
+
+
+def test_a_model_with_a_mask_of_its_own_is_refused():
+    config = T.DogeConfig(**SIZES, **GATED, is_moe=False)
+    model = T.AutoModelForCausalLM.from_config(config)
+    use_packed_attention(model)
+    rows = PackedRows(torch.tensor([0, 7], dtype=torch.int32))
+    with pytest.raises(ValueError, match="DogeAttention is not supported: it makes an attention mask of its own"):
+        model(torch.arange(7)[None], position_ids=torch.arange(7)[None], use_cache=False, packed=rows)
+
+
+def test_a_model_whose_layers_lose_the_keyword_says_so():
+    model = T.AutoModelForCausalLM.from_config(T.NemotronConfig(**SIZES, **GATED, head_dim=8))
+    use_packed_attention(model)
+    rows = PackedRows(torch.tensor([0, 7], dtype=torch.int32))
+    with pytest.raises(ValueError, match="hands no keywords down to its attention, and the model is not supported"):
+        model(torch.arange(7)[None], position_ids=torch.arange(7)[None], use_cache=False, packed=rows)

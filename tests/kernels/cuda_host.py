@@ -138,6 +138,26 @@ class HostLora(Library):
         )  # fmt: skip
 
 
+class HostSampling(Library):
+    """sample on a chip with or without clusters; the library is that of cuda_sample_on_host.cpp."""
+
+    def __init__(self, path: Path | str, clusters: bool = True) -> None:
+        super().__init__(path)
+        self.clusters = clusters
+
+    def sample_rows(self, logits, *row_parameters) -> tuple[Tensor, Tensor]:
+        token = torch.full((len(logits),), -7, device="cpu")
+        logprob = torch.full((len(logits),), 7.0, device="cpu")
+        source = (TYPES[logits.dtype], logits, logits.stride(0), *logits.shape)
+        self.call("host_sample_rows", *source, *row_parameters, token, logprob, self.clusters)
+        return token, logprob
+
+    def masses(self, u: Tensor) -> Tensor:
+        out = torch.empty(u.shape, dtype=torch.int64)
+        self.call("host_masses", u, out, u.numel())
+        return out
+
+
 def _as_c(value: object) -> object:
     if value is None:
         return ctypes.c_void_p(None)

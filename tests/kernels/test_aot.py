@@ -19,6 +19,8 @@ def test_a_shipped_kernel_compiles_without_spills_within_the_chip(arch, kernel):
     assert made.registers <= (512 if arch.startswith("gfx") else 255), made
     if kernel.gemm:
         assert made.matrix == {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}[arch], made
+    if kernel.few_rows:
+        assert made.matrix == ("mfma" if arch == "gfx942" else "mma"), made
 
 
 @pytest.mark.slow

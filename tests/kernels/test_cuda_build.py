@@ -14,7 +14,7 @@ from benchmarks.kernels import nvcc
 from rlhf_kernels.ops import registry
 
 ROOT = Path(__file__).resolve().parents[2]
-OPS = ("head_stats", "head_exp", "head_js", "head_grad", "logprob_rows", "logprob_rows_backward")
+OPS = ("head_stats", "head_exp", "head_js", "head_grad", "logprob_rows", "logprob_rows_backward", "sample_rows")
 
 
 def setup(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

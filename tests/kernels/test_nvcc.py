@@ -3,8 +3,10 @@
 import re
 
 import pytest
+import torch
 
 from benchmarks.kernels import nvcc, table
+from rlhf_kernels.ops.sampling import naive
 
 pytestmark = pytest.mark.skipif(nvcc.missing() is not None, reason=nvcc.missing() or "")
 SOURCES = pytest.mark.parametrize("source", nvcc.sources(), ids=lambda path: path.name)
@@ -30,9 +32,21 @@ def test_every_kernel_moves_16_bytes_at_a_time_and_keeps_several_loads_in_flight
         wide = re.findall(r"\bLDG\.E\.128|\bLDG\.E\.[A-Z.]*128", code)
         assert len(wide) >= 4, (name, arch)
         assert not re.search(r"\b(?:LDL|STL)\b", code), (name, arch)
-        if not name.startswith(("head_js", "logprob_rows<")):  # those write a few numbers a row
+        if not name.startswith(("head_js", "logprob_rows<", "sample_rows<")):  # those write a few numbers a row
             assert re.search(r"\bSTG\.E\.[A-Z.]*128", code), (name, arch)
-        assert not re.search(r"\b(?:RED|ATOM|ATOMG|ATOMS)\b", code), (name, arch)  # sums come in a fixed order
+        atomics = set(re.findall(r"\b(?:RED|ATOM|ATOMG|ATOMS)\b", code))  # sums come in a fixed order,
+        allowed = {"ATOMS"} if name.startswith("sample_rows<") else set()  # or are of integers, in shared memory
+        assert atomics <= allowed, (name, arch)
+
+
+def test_the_weights_of_sampling_are_made_of_single_operations():
+    """Every product and sum of the exponential rounds as in the definition: its series is not fused."""
+    added = torch.tensor(naive.EXP_COEFFICIENTS[1:-1], dtype=torch.float32).tolist()  # the last is 0.5: common
+    for (name, arch), code in nvcc.instructions(nvcc.CUDA / "sampling.cu").items():
+        for coefficient in added:
+            digits = re.escape(f"{coefficient:.15f}"[:12])
+            assert re.search(rf"\bFADD\b[^;\n]* {digits}", code), (name, arch, coefficient)
+            assert not re.search(rf"\bFFMA\b[^;\n]* {digits}", code), (name, arch, coefficient)
 
 
 def test_the_kernel_table_has_the_cuda_kernels():

@@ -72,7 +72,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["native", "naive"])
+@pytest.fixture(params=["native", "naive", *(["triton"] if torch.cuda.is_available() else [])])
 def backend(request, monkeypatch):
     monkeypatch.setenv("RLHF_KERNELS_BACKEND", request.param)
     return request.param

@@ -128,6 +128,7 @@ def test_many_adapters_on_a_device_get_their_order_there(monkeypatch):
 
     class Elsewhere(torch.Tensor):
         device = torch.device("cuda")
+        is_cpu = False
 
     monkeypatch.setattr(routing_module, "checks_values", lambda index: False)
     index = torch.tensor([8, 0, -1, 8, 3, 0]).as_subclass(Elsewhere)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.ops import registry
-from rlhf_kernels.ops.advantage import naive, native
+from rlhf_kernels.ops.advantage import native
 
 
 def gae(
@@ -128,8 +128,7 @@ def _gae(
 ) -> tuple[Tensor, Tensor]:
     if registry.checks_values(rewards):
         _check_starts(starts, rewards.numel())
-    backend = native.gae if registry.choose("gae", rewards) == "native" else naive.gae
-    return backend(rewards, values, mask, starts, last_value, gamma, lam)
+    return native.scans(rewards).gae(rewards, values, mask, starts, last_value, gamma, lam)
 
 
 @_gae.register_fake
@@ -141,8 +140,7 @@ def _(rewards: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _gae_backward(
     grad: Tensor, mask: Tensor | None, starts: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backend = native.gae_backward if registry.choose("gae", grad) == "native" else naive.gae_backward
-    return backend(grad.contiguous(), mask, starts, gamma, lam)
+    return native.scans(grad).gae_backward(grad.contiguous(), mask, starts, gamma, lam)
 
 
 @_gae_backward.register_fake

@@ -6,6 +6,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlhf_kernels.ops import registry
+
+registry.serves(
+    "masked_whiten",
+    "triton",
+    registry.triton_devices(),
+    (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+)
+
 EPSILON = 1e-8  # added to the variance, as in lm-human-preferences and TRL
 
 
@@ -49,24 +58,62 @@ def masked_whiten(
     if group is not None and x.requires_grad and torch.is_grad_enabled():
         raise ValueError("x requires grad, but gradients do not cross processes: pass x.detach(), or no group")
     mask = mask.bool()
-    wide = x if x.dtype == torch.float64 else x.float()
-    count, mean, deviations = _masked_moments(wide, mask).unbind()
+    graph = x.requires_grad and torch.is_grad_enabled()
+    moments = _masked_moments(_wide(x) if graph else x, mask)
     if group is not None:
-        sums = torch.stack([count, count * mean])
-        dist.all_reduce(sums, group=group)
-        total, joint = sums[0], sums[1] / sums[0].clamp(min=1.0)
-        deviations = deviations + count * (mean - joint) ** 2  # the sum of squares about the joint mean
-        dist.all_reduce(deviations, group=group)
-        count, mean = total, joint
+        moments = _joint(moments, group)
+    return _whiten(_wide(x), mask, moments, shift_mean) if graph else _whitened(x, mask, moments, shift_mean)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _joint(moments: Tensor, group: "dist.ProcessGroup") -> Tensor:
+    """The moments of all members' entries together."""
+    count, mean, deviations = moments.unbind()
+    sums = torch.stack([count, count * mean])
+    dist.all_reduce(sums, group=group)
+    total, joint = sums[0], sums[1] / sums[0].clamp(min=1.0)
+    deviations = deviations + count * (mean - joint) ** 2  # the sum of squares about the joint mean
+    dist.all_reduce(deviations, group=group)
+    return torch.stack([total, joint, deviations])
+
+
+def _whiten(wide: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool) -> Tensor:
+    count, mean, deviations = moments.unbind()
     scale = (deviations / count.clamp(min=1.0) + EPSILON).rsqrt()
     centred = (torch.where(mask, wide, 0.0) - mean) * scale
     out = centred if shift_mean else centred + mean
     return torch.where(mask, out, 0.0).to(wide.dtype)
 
 
+def _by_triton(x: Tensor) -> bool:
+    return registry.choose("masked_whiten", x) == "triton"
+
+
+@torch.library.custom_op("rlhf_kernels::whitened", mutates_args=())
+def _whitened(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool) -> Tensor:
+    """What needs no gradient, in one launch where there is a kernel."""
+    if _by_triton(x):
+        from rlhf_kernels.ops.advantage import triton_whiten
+
+        return triton_whiten.whiten(x, mask, moments, EPSILON, shift_mean)
+    return _whiten(_wide(x), mask, moments, shift_mean)
+
+
+@_whitened.register_fake
+def _(x: Tensor, mask: Tensor, moments: Tensor, shift_mean: bool) -> Tensor:
+    return torch.empty(x.shape, dtype=_wide(x).dtype, device=x.device)
+
+
 @torch.library.custom_op("rlhf_kernels::masked_moments", mutates_args=())
 def _masked_moments(x: Tensor, mask: Tensor) -> Tensor:
     """fp64 [3]: how many entries are valid, their mean (0 if none), their sum of squared deviations from it."""
+    if _by_triton(x):
+        from rlhf_kernels.ops.advantage import triton_whiten
+
+        return triton_whiten.moments(x, mask)
     valid = torch.where(mask, x, 0.0).double()
     count = mask.sum().double()
     mean = valid.sum() / count.clamp(min=1.0)

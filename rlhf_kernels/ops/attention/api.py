@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.ops import registry
-from rlhf_kernels.ops.attention import naive, native
+from rlhf_kernels.ops.attention import naive, native, triton_tier
 
 if TYPE_CHECKING:
     from rlhf_kernels.generation.arena import Arena
@@ -40,8 +40,8 @@ def varlen_attention(
     Returns:
         [tokens, heads, dv] in q's dtype. Kept for the backward pass: the arguments, the result and one fp32 number a
         head and token; nothing grows with a sequence's length squared. On the CPU (fp32, bf16) sums are fp32 and run in
-        blocks of 16 keys by position: a token's output does not depend on the other sequences, and is bit-equal to
-        `sliced_attention`'s for the same keys.
+        blocks of keys by position: a token's output does not depend on the other sequences, and is bit-equal to
+        `sliced_attention`'s for the same keys. bf16 weights are rounded to bf16 where the chip multiplies bf16.
 
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape or device, or (on the CPU) a cu_seqlens that does
@@ -62,7 +62,12 @@ def varlen_attention(
     _check_groups("k", heads, k.shape[1])
     _check_index("cu_seqlens", cu_seqlens, 1, q)
     options = _options(d, scale, window, softcap)
-    if registry.choose("varlen_attention", q) == "naive":
+    backend = registry.choose("varlen_attention", q)
+    if backend == "triton" and triton_tier.fits(d, v.shape[2], triton_tier.LEAST_DIM):
+        if registry.checks_values(cu_seqlens):
+            _check_borders("cu_seqlens", cu_seqlens, tokens)
+        return triton_tier.varlen_attention(q, k, v, cu_seqlens, *options)
+    if backend != "native":
         return _varlen(q, k, v, cu_seqlens, *options)
     if torch.compiler.is_compiling():
         return native.varlen_attention(q, k, v, cu_seqlens, *options)
@@ -100,8 +105,11 @@ def sliced_attention(
         scale, window, softcap: as in `varlen_attention`.
 
     Returns:
-        [tokens, heads, dv] in q's dtype. On the CPU (fp32, bf16) a token's output is the same bits for every batch,
-        slice size, slice order and division into prefill pieces.
+        [tokens, heads, dv] in q's dtype; zeros for a sequence whose context is 0 (on a GPU and in the definition: what
+        pads a captured graph). On the CPU (fp32, bf16) a token's output is the same bits for every batch, slice size,
+        slice order and division into prefill pieces; leading slices that sequences with one query share are read once
+        for all of them. On a GPU no value is read by the host; a decoded token's output is the same bits for every
+        batch and slice order, as long as the slice table is as wide.
 
     Raises:
         TypeError, ValueError, IndexError: an argument of the wrong dtype, shape or device, or (on the CPU) lengths and
@@ -109,6 +117,73 @@ def sliced_attention(
 
     Source: Kwon et al., 2023 (PagedAttention); softcap: Gemma 2, 2024.
     """
+    keys, values = _check_sliced(q, arena, layer, slice_table, context_lens, cu_q)
+    options = _options(q.shape[2], scale, window, softcap)
+    q = q.detach() if q.requires_grad else q
+    backend = registry.choose("sliced_attention", q)
+    if backend == "triton" and triton_tier.fits(q.shape[2], values.shape[3]):
+        if registry.checks_values(cu_q):
+            _check_slices(keys, q.shape[0], slice_table, context_lens, cu_q)
+        return triton_tier.sliced_attention(q, keys, values, slice_table, context_lens, cu_q, *options)
+    if backend != "native":
+        return _sliced(q, keys, values, slice_table, context_lens, cu_q, *options)
+    if torch.compiler.is_compiling():
+        return native.sliced_attention(q, keys, values, slice_table, context_lens, cu_q, *options)
+    try:
+        return native.sliced_attention(q, keys, values, slice_table, context_lens, cu_q, *options)
+    except RuntimeError:
+        _check_slices(keys, q.shape[0], slice_table, context_lens, cu_q)
+        raise
+
+
+def sliced_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    arena: "Arena",
+    layer: int,
+    slots: Tensor,
+    slice_table: Tensor,
+    context_lens: Tensor,
+    cu_q: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """A layer's whole step: `arena.write(layer, slots, k, v)`, then `sliced_attention`; on the CPU in one op.
+
+    Everything is written before anything is read: a sequence may read slices that another writes in this step.
+
+    Args:
+        q, arena, layer, slice_table, context_lens, cu_q, scale, window, softcap: as in `sliced_attention`.
+        k: [tokens, kv_heads, d];  v: [tokens, kv_heads, dv]: this step's tokens, in the arena's dtype; any strides.
+        slots: int64 [tokens]: the place in the arena (slice * slice_tokens + offset) each token is written to.
+
+    Returns, raises: as `arena.write` and `sliced_attention`; values are checked as they are read, so what is wrong with
+        the slice table is found after the keys are written.
+    """
+    native_one = k.dtype == v.dtype == arena.dtype and registry.choose("sliced_step", q) == "native"
+    if not native_one or q.requires_grad or k.requires_grad or v.requires_grad:
+        arena.write(layer, slots, k, v)
+        return sliced_attention(
+            q, arena, layer, slice_table, context_lens, cu_q, scale=scale, window=window, softcap=softcap
+        )
+    keys, values = _check_sliced(q, arena, layer, slice_table, context_lens, cu_q)
+    arena.check_rows(layer, slots, k, v)
+    options = _options(q.shape[2], scale, window, softcap)
+    try:
+        return native.sliced_step(q, k, v, keys, values, slots, slice_table, context_lens, cu_q, *options)
+    except RuntimeError:
+        arena.check_slots(slots)
+        _check_slices(keys, q.shape[0], slice_table, context_lens, cu_q)
+        raise
+
+
+def _check_sliced(
+    q: Tensor, arena: "Arena", layer: int, slice_table: Tensor, context_lens: Tensor, cu_q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The layer's keys and values, after what can be checked without reading values."""
     _check_rows("q", q, 3)
     if not 0 <= layer < len(arena.layers):
         raise IndexError(f"layer is {layer}; the arena has layers 0 to {len(arena.layers) - 1}")
@@ -126,17 +201,7 @@ def sliced_attention(
         raise ValueError(f"context_lens has {context_lens.shape[0]} entries; slice_table has {sequences} sequences")
     if cu_q.shape[0] != sequences + 1:
         raise ValueError(f"cu_q has {cu_q.shape[0]} entries; {sequences} sequences need {sequences + 1}")
-    options = _options(q.shape[2], scale, window, softcap)
-    q = q.detach() if q.requires_grad else q
-    if registry.choose("sliced_attention", q) == "naive":
-        return _sliced(q, keys, values, slice_table, context_lens, cu_q, *options)
-    if torch.compiler.is_compiling():
-        return native.sliced_attention(q, keys, values, slice_table, context_lens, cu_q, *options)
-    try:
-        return native.sliced_attention(q, keys, values, slice_table, context_lens, cu_q, *options)
-    except RuntimeError:
-        _check_slices(keys, q.shape[0], slice_table, context_lens, cu_q)
-        raise
+    return keys, values
 
 
 def _check_rows(name: str, x: Tensor, dims: int, like: Tensor | None = None) -> None:
@@ -193,7 +258,7 @@ def _check_slices(keys: Tensor, tokens: int, slice_table: Tensor, context_lens: 
     _check_borders("cu_q", cu_q, tokens)
     slice_tokens = keys.shape[2]
     for b, (length, new) in enumerate(zip(context_lens.tolist(), cu_q.diff().tolist(), strict=True)):
-        if length < new:
+        if 0 < length < new or length < 0:
             raise ValueError(f"context_lens[{b}] is {length}; it must count sequence {b}'s {new} queries too")
         slices = -(-length // slice_tokens)
         if slices > slice_table.shape[1]:

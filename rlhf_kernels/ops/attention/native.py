@@ -30,6 +30,10 @@ def _sliced_shapes(q: Tensor, keys: Tensor, values: Tensor, *rest: Tensor | floa
     return q.new_empty(q.shape[0], q.shape[1], values.shape[3])
 
 
+def _step_shapes(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, *rest: Tensor | float | int) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], values.shape[3])
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, cu_seqlens, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
@@ -48,11 +52,12 @@ def _no_second(ctx: Any, *grads: Tensor | None) -> None:
 
 
 if AVAILABLE:
-    for op in ("varlen_attention", "sliced_attention", "arena_write"):
+    for op in ("varlen_attention", "sliced_attention", "sliced_step", "arena_write"):
         serves(op, "native", ["cpu"], [torch.float32, torch.bfloat16])
     torch.library.register_fake("rlhf_kernels::varlen_attention_forward")(_forward_shapes)
     torch.library.register_fake("rlhf_kernels::varlen_attention_backward")(_backward_shapes)
     torch.library.register_fake("rlhf_kernels::sliced_attention_forward")(_sliced_shapes)
+    torch.library.register_fake("rlhf_kernels::sliced_step")(_step_shapes)
     torch.library.register_fake("rlhf_kernels::arena_write")(lambda *_: None)
     torch.library.register_autograd("rlhf_kernels::varlen_attention_forward", _backward, setup_context=_save)
     torch.library.register_autograd("rlhf_kernels::varlen_attention_backward", _no_second)
@@ -68,6 +73,11 @@ def varlen_attention(
 def sliced_attention(q: Tensor, keys: Tensor, values: Tensor, *rest: Tensor | float | int) -> Tensor:
     """As `naive.sliced_attention`. RuntimeError for borders, lengths or slices that do not fit."""
     return torch.ops.rlhf_kernels.sliced_attention_forward(q, keys, values, *rest)
+
+
+def sliced_step(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, *rest: Tensor | float | int) -> Tensor:
+    """`arena_write` and then `sliced_attention` in one op: rest is slots, then as `sliced_attention`'s."""
+    return torch.ops.rlhf_kernels.sliced_step(q, k, v, keys, values, *rest)
 
 
 def arena_write(keys: Tensor, values: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:

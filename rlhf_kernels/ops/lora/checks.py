@@ -1,6 +1,5 @@
 """Checks of lora_linear's arguments: each names the argument, what it was, and what would be right."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -158,7 +157,8 @@ def check_routing(
     if isinstance(adapter_index, Tensor):
         index = adapter_index if adapter_index.ndim == 1 else adapter_index.reshape(-1)
         entries = index.shape[0]
-        return (index if entries in (0, rows) else index.repeat_interleave(rows // entries, output_size=rows)), None, None
+        whole = index if entries in (0, rows) else index.repeat_interleave(rows // entries, output_size=rows)
+        return whole, None, None
     if adapter_index is None:
         if n != 1:
             raise ValueError(f"adapter_index is None with {n} adapters; say which adapter each row uses")

@@ -80,6 +80,8 @@ def sample(
     temperature = temperature.to(z.dtype)
     top = z.amax(-1)
     valid = top.isfinite() & (temperature > 0) & temperature.isfinite()
+    valid &= (top_k >= 0) & (top_p >= 0) & (top_p <= 1) & (min_p_cut >= 0)
+    valid &= (sample_index >> 32 == 0) & (position >> 32 == 0)
     z = torch.where(valid[:, None], z, 0.0)
     best = z.argmax(-1)
     best = (z == z.gather(-1, best[:, None])).to(torch.int8).argmax(-1)  # the lowest index among equals

@@ -1,12 +1,13 @@
-"""Binding of the compiled `sample` (csrc/cpu/sampling.cpp)."""
+"""Binding of the compiled `sample`: csrc/cpu/sampling.cpp and csrc/cuda/sample_rows.cuh."""
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels.ops import registry
 
-if registry.native_available():
-    registry.serves("sample", "native", ["cpu"], [torch.float32, torch.bfloat16, torch.float16])
+registry.serves(
+    "sample", "native", registry.native_devices("sample_rows"), (torch.float32, torch.bfloat16, torch.float16)
+)
 
 
 def sample(logits: Tensor, *row_parameters: Tensor) -> tuple[Tensor, Tensor]:
