@@ -73,19 +73,30 @@ LANES __m128 finish(const Tail& tail, __m512 (&sum)[kColumns]) {
   return total;
 }
 
-// out[row * stride + column] = the dots of kM rows of x and four of W. On the way, cache lines of a row of W that is
-// needed later are called for: one in four is enough for the hardware to see it coming, and more would be in its way.
-// Not inlined: all of its pointers are in registers then.
-template <bool kPairs, typename W, int kM>
+// Where chains over a part of the depth come from and go to: lanes that are carried from part to part ([kM][4][16]),
+// nullptr at the beginning and at the end, and then out[row * stride + column].
+struct Chains {
+  const float* from;
+  float* to;
+  const Tail* tails;
+  float* out;
+  int64_t stride;
+};
+
+// The dots of kM rows of x and four of W, while kAhead other rows of W, `stride` elements apart, are called for. Not
+// inlined: all of its pointers are in registers then.
+template <bool kPairs, typename W, int kM, int kAhead>
 __attribute__((noinline)) void dots(const typename WordsOf<kPairs>::type* const* x, const typename W::type* const* w,
-                                    int64_t depth, const typename W::type* later, const Tail* tails, float* out,
-                                    int64_t stride) {
-  __m512 sum[kM][kColumns];
+                                    int64_t depth, const typename W::type* ahead, int64_t stride,
+                                    const Chains& chains) {
   constexpr int64_t kPer = kPairs ? 32 : 16;
+  __m512 sum[kM][kColumns];
 #pragma GCC unroll 6
   for (int i = 0; i < kM; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kColumns; ++j) sum[i][j] = _mm512_setzero_ps();
+    for (int j = 0; j < kColumns; ++j) {
+      sum[i][j] = chains.from == nullptr ? _mm512_setzero_ps() : _mm512_loadu_ps(chains.from + (i * kColumns + j) * 16);
+    }
   }
   const auto step = [&](int64_t k, int64_t left) __attribute__((always_inline)) {
     __m512i column[kColumns];
@@ -99,64 +110,97 @@ __attribute__((noinline)) void dots(const typename WordsOf<kPairs>::type* const*
     }
   };
   int64_t k = 0;
-  for (; k + 4 * kPer <= depth; k += 4 * kPer) {
-    _mm_prefetch(reinterpret_cast<const char*>(later + k), _MM_HINT_T1);
+  for (; k + kPer <= depth; k += kPer) {
+    const auto* line = ahead + k;
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < 4; ++i) step(k + i * kPer, kPer);
+    for (int i = 0; i < kAhead; ++i, line += stride) _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T1);
+    step(k, kPer);
   }
-  for (; k + kPer <= depth; k += kPer) step(k, kPer);
   if (k < depth) step(k, depth - k);
 #pragma GCC unroll 6
-  for (int i = 0; i < kM; ++i) _mm_storeu_ps(out + i * stride, finish<kPairs>(tails[i], sum[i]));
+  for (int i = 0; i < kM; ++i) {
+    if (chains.to == nullptr) {
+      _mm_storeu_ps(chains.out + i * chains.stride, finish<kPairs>(chains.tails[i], sum[i]));
+      continue;
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumns; ++j) _mm512_storeu_ps(chains.to + (i * kColumns + j) * 16, sum[i][j]);
+  }
 }
 
-// Some columns of a product whose matrices' rows lie along the depth. x is of the unit's words, w of any type that they
-// hold exactly. later: what of W is needed afterwards, as the rows of w from its first column on.
+// Some columns of a product whose matrices' rows lie along the depth, and elements [from, to) of it. x is of the unit's
+// words, w of any type that they hold exactly. later: what of W is needed after them, as rows like w's, or nullptr.
+// ahead: how many rows of that a block calls for in the time of four: 1, 2, or 4 where there is one block, which calls
+// for its own next rows.
 struct Columns {
   const Matrix &x, &w;
   int64_t first, count;
+  int64_t from, to;
   const void* later;
+  int64_t ahead;
 };
 
-// out[row * stride + column] for kM rows of x, from `row` on. turn: which of four columns' later ones are called for.
-template <bool kPairs, typename W, int kM>
-void block_of_dots(const Columns& columns, int64_t row, Tail* tails, int64_t turn, float* out, int64_t stride) {
+// out[row * stride + column] for kM rows of x, from `row` on, after the last part of the depth; lanes[count][kM][16]
+// between the parts. turn: how many blocks have called for rows ahead.
+template <bool kPairs, typename W, int kM, int kAhead>
+void block_of_dots(const Columns& columns, int64_t row, Tail* tails, int64_t turn, float* lanes, float* out,
+                   int64_t stride) {
   using X = WordsOf<kPairs>;
   const Matrix& w = columns.w;
   const typename X::type* x[kM];
-  for (int i = 0; i < kM; ++i) x[i] = operand::line<X>(columns.x, row + i);
+  for (int i = 0; i < kM; ++i) x[i] = operand::line<X>(columns.x, row + i) + columns.from;
+  Chains chains{columns.from == 0 ? nullptr : lanes, columns.to == w.depth ? nullptr : lanes, tails, out, stride};
   for (int64_t at = 0; at < columns.count; at += kColumns) {
     const typename W::type* lines[kColumns];
-    for (int64_t j = 0; j < kColumns; ++j) lines[j] = operand::line<W>(w, std::min(columns.first + at + j, w.rows - 1));
-    const auto* later = lines[0];
-    if (turn < kColumns) later = static_cast<const typename W::type*>(columns.later) + (at + turn) * w.stride;
-    dots<kPairs, W, kM>(x, lines, w.depth, later, tails, out + at, stride);
-    for (int i = 0; i < kM; ++i) {
+    for (int64_t j = 0; j < kColumns; ++j) {
+      lines[j] = operand::line<W>(w, std::min(columns.first + at + j, w.rows - 1)) + columns.from;
+    }
+    const auto* later = static_cast<const typename W::type*>(columns.later);
+    const bool last = at + kColumns >= columns.count;
+    const auto* ahead = lines[0];
+    if (kAhead == kColumns && !last) ahead += kColumns * w.stride;
+    if (kAhead == kColumns && last && later != nullptr) ahead = later;
+    if (kAhead < kColumns && later != nullptr && turn * kAhead < kColumns)
+      ahead = later + (at + turn * kAhead) * w.stride;
+    dots<kPairs, W, kM, kAhead>(x, lines, columns.to - columns.from, ahead, w.stride, chains);
+    chains.out += kColumns;
+    if (chains.from != nullptr) chains.from += kM * kColumns * 16;
+    if (chains.to != nullptr) chains.to += kM * kColumns * 16;
+    for (int i = 0; chains.to == nullptr && i < kM; ++i) {
       tails[i].b = static_cast<const typename X::type*>(tails[i].b) + kColumns * tails[i].stride;
     }
   }
 }
 
-using Block = void (*)(const Columns&, int64_t, Tail*, int64_t, float*, int64_t);
+using Block = void (*)(const Columns&, int64_t, Tail*, int64_t, float*, float*, int64_t);
 
-template <bool kPairs, typename W>
+template <bool kPairs, typename W, int kAhead>
 Block block_of_rows(int64_t rows) {
-  constexpr Block blocks[kRows] = {block_of_dots<kPairs, W, 1>, block_of_dots<kPairs, W, 2>,
-                                   block_of_dots<kPairs, W, 3>, block_of_dots<kPairs, W, 4>,
-                                   block_of_dots<kPairs, W, 5>, block_of_dots<kPairs, W, 6>};
+  constexpr Block blocks[kRows] = {block_of_dots<kPairs, W, 1, kAhead>, block_of_dots<kPairs, W, 2, kAhead>,
+                                   block_of_dots<kPairs, W, 3, kAhead>, block_of_dots<kPairs, W, 4, kAhead>,
+                                   block_of_dots<kPairs, W, 5, kAhead>, block_of_dots<kPairs, W, 6, kAhead>};
   return blocks[rows - 1];
 }
 
-inline Block block_for(Type x, Type w, int64_t rows) {
-  if (x == Type::bf16) return block_of_rows<true, Element<Type::bf16>>(rows);
-  if (w == Type::half) return block_of_rows<false, Element<Type::half>>(rows);
-  return block_of_rows<false, Element<Type::single>>(rows);
+template <bool kPairs, typename W>
+Block block_ahead(int64_t ahead, int64_t rows) {
+  if (ahead == 1) return block_of_rows<kPairs, W, 1>(rows);
+  return ahead == 2 ? block_of_rows<kPairs, W, 2>(rows) : block_of_rows<kPairs, W, 4>(rows);
 }
+
+// The block for `rows` rows of columns.x.
+inline Block block_for(const Columns& columns, int64_t rows) {
+  if (columns.x.type == Type::bf16) return block_ahead<true, Element<Type::bf16>>(columns.ahead, rows);
+  if (columns.w.type == Type::half) return block_ahead<false, Element<Type::half>>(columns.ahead, rows);
+  return block_ahead<false, Element<Type::single>>(columns.ahead, rows);
+}
+
+inline int64_t blocks_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
 
 // f(first, rows) for rows [lo, hi) in blocks as equal as can be.
 template <typename F>
 inline void in_blocks(int64_t lo, int64_t hi, const F& f) {
-  const int64_t count = hi - lo, blocks = (count + kRows - 1) / kRows;
+  const int64_t count = hi - lo, blocks = blocks_of(count);
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t first = lo + count * b / blocks;
     f(first, lo + count * (b + 1) / blocks - first);

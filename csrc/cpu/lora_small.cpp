@@ -13,8 +13,10 @@
 namespace lora {
 namespace {
 
-constexpr int64_t kWide = 16 * kColumns;  // columns of a strip: half of the second-level cache at a depth of 4,096
+constexpr int64_t kDeep = 64;             // steps of a part of the depth: six rows of x are half of the first level
+constexpr int64_t kWide = 16 * kColumns;  // columns of a strip: such a part of them is a quarter of the second level
 static_assert(kWide % 16 == 0);
+constexpr int64_t kNear = 8 << 20;  // bytes of W
 
 // Room for rows as words, in their order. Six lines at one depth must not fall into the same sets of the first-level
 // cache, which repeat every 64 lines: rows are 11 lines apart there.
@@ -42,32 +44,62 @@ struct Part {
   const Product* product;
   int64_t first, count;
 
-  const void* of_w() const {
+  const void* of_w(int64_t from) const {
     const Matrix& w = product->terms[0].right;
-    return static_cast<const char*>(w.data) + first * w.stride * element_bytes(w.type);
+    return static_cast<const char*>(w.data) + (first * w.stride + from) * element_bytes(w.type);
   }
 };
 
 class Strip {
  public:
   Strip(const Job& job, const Matrix& x)
-      : job_(job), x_(x), sums_(job.rows->count * kWide), bias_(kWide), tails_(job.rows->count) {}
+      : job_(job),
+        x_(x),
+        depths_(blocks_of(x.rows) == 1 ? 1 : (operand::steps(job.words, x.depth) + kDeep - 1) / kDeep),
+        ahead_(rows_ahead(job)),
+        sums_(job.rows->count * kWide),
+        lanes_(depths_ > 1 ? job.rows->count * kWide * 16 : 0),
+        bias_(kWide),
+        tails_(job.rows->count) {}
 
   // `later` is what this thread will probably be at after this part.
   void run(const Part& part, const Part& later) {
     const Term& term = part.product->terms[0];
-    const Columns columns{x_, term.right, part.first, part.count, later.of_w()};
+    const Matrix& w = term.right;
     read_adapters(term, part.first, part.count);
-    int64_t turn = later.product == part.product ? 0 : kColumns;
-    in_blocks(0, job_.rows->count, [&](int64_t row, int64_t rows) {
-      const Block block = block_for(job_.words, term.right.type, rows);
-      block(columns, row, tails_.data() + row, turn++, sums_.data + row * kWide, kWide);
-    });
+    for (int64_t depth = 0; depth < depths_; ++depth) {
+      const bool last = depth + 1 == depths_;
+      const int64_t to = last ? w.depth : from(depth + 1);
+      const void* next = !last ? part.of_w(to) : later.product == part.product ? later.of_w(0) : nullptr;
+      const Columns columns{x_, w, part.first, part.count, from(depth), to, next, ahead_};
+      int64_t turn = 0;
+      in_blocks(0, job_.rows->count, [&](int64_t row, int64_t rows) {
+        float* lanes = lanes_.data + row * kWide * 16;
+        block_for(columns, rows)(columns, row, tails_.data() + row, turn++, lanes, sums_.data + row * kWide, kWide);
+      });
+    }
     const Output& out = part.product->out;
     operand::with_element(out.type, [&](auto element) { store<decltype(element)>(out, part.first, part.count); });
   }
 
  private:
+  // Small matrices may be in the third-level cache already, from where the hardware calls for them better; of one that
+  // comes from memory every row is called for.
+  static int64_t rows_ahead(const Job& job) {
+    const int64_t blocks = blocks_of(job.rows->count);
+    int64_t bytes = 0;
+    for (const Product& product : job.products) {
+      const Matrix& w = product.terms[0].right;
+      bytes += w.rows * w.depth * element_bytes(w.type);
+    }
+    if (blocks == 1) return kColumns;
+    return blocks < kColumns && bytes > kNear ? 2 : 1;
+  }
+
+  int64_t from(int64_t depth) const {
+    return operand::steps(job_.words, x_.depth) * depth / depths_ * kStepWords * operand::per_word(job_.words);
+  }
+
   // Where B's rows for these columns are, of every adapter in use: words of it as they lie, or else a copy.
   void read_adapters(const Term& term, int64_t first, int64_t count) {
     const int64_t columns = (count + kColumns - 1) / kColumns * kColumns, per = operand::per_word(job_.words);
@@ -115,7 +147,8 @@ class Strip {
 
   const Job& job_;
   const Matrix& x_;
-  Buffer<float> sums_, bias_;
+  const int64_t depths_, ahead_;  // parts of the depth; see Columns
+  Buffer<float> sums_, lanes_, bias_;
   std::vector<Tail> tails_;
   std::vector<std::vector<uint32_t>> copies_;
 };
@@ -157,12 +190,13 @@ void shrink(const Job& job, const Matrix& x, const Shrink& item) {
     to_words(job.words, adapter.shrink, item.rank, kColumns, copy.data(), stride);
     words.data = copy.data(), words.stride = stride * operand::per_word(job.words);
   }
-  const Columns columns{x, as_it_lies ? adapter.shrink : words, as_it_lies ? item.rank : 0, kColumns, nullptr};
+  const Columns columns{
+      x, as_it_lies ? adapter.shrink : words, as_it_lies ? item.rank : 0, kColumns, 0, x.depth, nullptr, 1};
   const __mmask16 ranks = operand::first16(std::min(kColumns, adapter.rank - item.rank));
   in_blocks(item.span->lo, item.span->hi, [&](int64_t row, int64_t rows) {
     Tail none[kRows];
     float sums[kRows * kColumns];
-    block_for(job.words, job.words, rows)(columns, row, none, kColumns, sums, kColumns);
+    block_for(columns, rows)(columns, row, none, kColumns, nullptr, sums, kColumns);
     for (int64_t i = 0; i < rows; ++i) {
       const __m512 s = _mm512_maskz_loadu_ps(ranks, sums + i * kColumns);
       char* to = s_row(job, row + i, item.term->s_column + item.rank);
