@@ -35,13 +35,13 @@ class FirstStep:
     rows: SlicedRows
     attended: set[int] = field(default_factory=set)
 
-    def attend(self, layer: int, *qkv: Tensor, **options: Any) -> Tensor:
+    def attend(self, layer: int, *args: Any, **options: Any) -> Tensor:
         self._count(layer)
-        return self.rows.attend(layer, *qkv, **options)
+        return self.rows.attend(layer, *args, **options)
 
-    def rotate_and_attend(self, layer: int, *qkv: Tensor, **options: Any) -> Tensor:
+    def rotate_and_attend(self, layer: int, *args: Any, **options: Any) -> Tensor:
         self._count(layer)
-        return self.rows.rotate_and_attend(layer, *qkv, **options)
+        return self.rows.rotate_and_attend(layer, *args, **options)
 
     def _count(self, layer: int) -> None:
         if layer in self.attended:  # the second time would overwrite what the first has written

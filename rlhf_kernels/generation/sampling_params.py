@@ -42,8 +42,8 @@ class SamplingParams:
         for name, most in (("temperature", math.inf), ("top_p", 1.0), ("min_p", 1.0)):
             _check_float(name, getattr(self, name), most)
         if self.temperature and not TEMPERATURES[0] <= self.temperature <= TEMPERATURES[1]:
-            least, most = TEMPERATURES
-            raise ValueError(f"temperature is {self.temperature}; it must be 0, or between {least:.2g} and {most:.2g}")
+            bounds = "{:.2g} and {:.2g}".format(*TEMPERATURES)
+            raise ValueError(f"temperature is {self.temperature}; it must be 0, or between {bounds}")
         for name in ("greedy_baseline", "ignore_eos"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} is {getattr(self, name)!r}; it must be True or False")
