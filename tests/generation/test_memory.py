@@ -45,7 +45,7 @@ for event in recorded.profiler.kineto_results.events():
         peak, largest = max(peak, live), max(largest, event.nbytes())
 print(json.dumps({
     "peak": peak, "left": live, "largest": largest, "counted": gen.stats.peak_kv_bytes,
-    "preemptions": gen.stats.preemptions, "tokens": [r.tokens for r in rollouts],
+    "tokens": [r.tokens for r in rollouts],
 }))
 """
 
@@ -69,7 +69,7 @@ def test_the_allocators_peak_grows_by_the_budget_and_by_nothing_else():
         assert run["counted"] <= budget
         assert run["left"] < SLICE
         assert run["tokens"] == found[5 * MIB]["tokens"]
-    assert found[7 * SLICE]["preemptions"] > found[5 * MIB]["preemptions"] == 0
+    assert found[5 * MIB]["counted"] > 2 * found[7 * SLICE]["counted"]  # less held them up, and changed nothing
 
 
 @pytest.mark.slow
