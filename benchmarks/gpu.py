@@ -69,8 +69,8 @@ def stages(out: Path, benchmarks: Sequence[str]) -> list[Stage]:
     return [
         Stage("build", (python, "setup.py", "build_ext", "--inplace"), 120, {"MAX_JOBS": str(os.cpu_count() or 1)}),
         Stage("tests", tests, 150, missing=None if importlib.util.find_spec("pytest") else "pytest is not installed"),
-        sanitized("memcheck", "memcheck", 60, "all"),
-        sanitized("racecheck", "racecheck", 60, "all"),
+        sanitized("memcheck", "memcheck", 50, "all"),
+        sanitized("racecheck", "racecheck", 50, "all"),
         # of our kernels alone: library GEMMs may read workspace that they do not use
         sanitized("initcheck head", "initcheck", 20, "head", "--kernel-regex", "kns=head_"),
         sanitized("initcheck logprob", "initcheck", 20, "logprob", "--kernel-regex", "kns=logprob_rows"),

@@ -130,9 +130,9 @@ def test_a_remax_update_equals_the_reference(files, tmp_path, mode, loss, rank):
     pairs = []
     score = run.phase._score
 
-    def spy(rollout, greedy, *rest):
+    def spy(rollout, greedy, *rest, **options):
         pairs.append((copy.deepcopy(rollout), copy.deepcopy(greedy)))
-        return score(rollout, greedy, *rest)
+        return score(rollout, greedy, *rest, **options)
 
     run.phase._score = spy
     metrics = run.phase.step(0)
@@ -241,7 +241,8 @@ def test_remax_advantages_have_the_papers_signs(mode):
 @pytest.mark.parametrize("algorithm", TABLE)
 def test_every_row_fills_all_defaults(algorithm):
     config = with_defaults(replace(core.TrainConfig(model="base"), algorithm=algorithm))
-    shaping = ("missing_eos_penalty", "reward_clip", "reward_model", "prompts", "eval_prompts", "max_active")
+    shaping = ("missing_eos_penalty", "reward_clip", "reward_model", "reward_batch_size")
+    shaping += ("prompts", "eval_prompts", "max_active")
     empty = [name for name, value in vars(config).items() if value is None and name not in shaping]
     assert empty == []
 
