@@ -44,7 +44,7 @@ FILTERS = {
     "all three, hot": ({"temperature": 3.0, "top_k": 7, "top_p": 0.9, "min_p": 0.5}, "269304"),
     "all three, cold": ({"temperature": 0.3, "top_k": 7, "top_p": 0.9, "min_p": 0.01}, "269"),
 }
-QUICK = {"none", "top_k through a tie", "top_p 0.9 through a tie", "all three"}
+QUICK = {"top_p 0.9 through a tie", "all three"}
 
 
 @pytest.fixture(params=BACKENDS)
