@@ -1,6 +1,6 @@
 """How rlhf_kernels generates: all prompts in one call, samples that share a prompt, a long queue, an adapter."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -115,15 +115,23 @@ SEPARATE, TWO_CALLS = "separate prompts", "two calls"
 
 
 def queued(sliced: Sliced, rollouts: int) -> Prepare:
-    """Streams until so many rollouts are there and leaves the rest of the queue."""
+    """Streams until so many rollouts are there and leaves the rest of the queue. Keeps the time of the steps after the
+    first rollout: the prompts are checked and queued once a call, before it."""
 
     def prepare() -> Run:
         generator, params = sliced.generator(), sampled(sliced.draws.new)
 
         def run() -> object:
             stream = generator.stream(sliced.draws.prompts, params)
-            found = list(islice(stream, rollouts))
-            sliced.stats = generator.stats
+            found = [next(stream)]
+            begin = replace(generator.stats)
+            found += islice(stream, rollouts - 1)
+            end = generator.stats
+            sliced.stats = GenerationStats(
+                seconds=end.seconds - begin.seconds,
+                host_seconds=end.host_seconds - begin.host_seconds,
+                steps=end.steps - begin.steps,
+            )
             stream.close()  # type: ignore[attr-defined]
             return found
 
@@ -133,7 +141,7 @@ def queued(sliced: Sliced, rollouts: int) -> Prepare:
 
 
 def host_share(stats: GenerationStats) -> list[Check]:
-    """What planning, arrays and book-keeping take of a call's time."""
+    """What planning, arrays, book-keeping and handing out take of the steps' time."""
     if not stats.steps:
         raise Unavailable("did not run")
     return [Check("host share of a step", stats.host_seconds / stats.seconds, 0.05, "share")]
