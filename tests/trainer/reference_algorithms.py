@@ -62,6 +62,28 @@ def logprobs(net: Net, rows: Padded, temperature: float = 1.0) -> Tensor:
     return every.gather(-1, rows.ids[:, 1:, None])[..., 0] * rows.answer
 
 
+def divergence(name: str, actor: Net, other: Net, rows: Padded, temperature: float = 1.0) -> Tensor:
+    """d_t [B, L-1] of the table of regularisers (2309.09055), from the whole distributions."""
+    p, q = (F.log_softmax(net(rows.ids, rows.mask)[0][:, :-1] / temperature, -1) for net in (actor, other))
+    m = torch.log((p.exp() + q.exp()) / 2)
+
+    def at_token(x: Tensor) -> Tensor:
+        return x.gather(-1, rows.ids[:, 1:, None])[..., 0]
+
+    pt, qt, mt = at_token(p), at_token(q), at_token(m)
+    terms = {
+        "kl": pt - qt,
+        "clamped_kl": torch.relu(pt - qt),
+        "squared_error": (pt - qt) ** 2 / 2,
+        "bregman": qt.exp() / pt.exp() - 1 + pt - qt,
+        "jensen_shannon": (torch.relu(pt - mt) + torch.relu(qt - mt)) / 2,
+        "full_kl": (p.exp() * (p - q)).sum(-1),
+        "full_js": ((p.exp() * (p - m)).sum(-1) + (q.exp() * (q - m)).sum(-1)) / 2,
+        "none": torch.zeros_like(pt),
+    }
+    return terms[name] * rows.answer
+
+
 def values(net: Net, rows: Padded) -> Tensor:
     _, hidden = net(rows.ids, rows.mask)
     return (hidden[:, :-1] @ net.head.T)[..., 0] * rows.answer
@@ -112,9 +134,9 @@ def ppo(nets: dict[str, Net], sequences: list, finished: Tensor, config: Any, jo
     rows = pad(sequences)
     with torch.no_grad():
         old, old_values = logprobs(actor, rows, config.temperature), values(critic, rows)
-        reference = logprobs(nets["reference"], rows, config.temperature)
         score = shaped(rewards(nets["reward"], rows), finished, config)
-        reward = -config.kl_coef * (old - reference)
+        away = divergence(config.kl_estimator, actor, nets["reference"], rows, config.temperature)
+        reward = -config.kl_coef * away
         ends = [int(places.nonzero()[-1]) for places in rows.answer]
         for i, end in enumerate(ends):
             reward[i, end] += score[i]
@@ -155,8 +177,8 @@ def remax(
     with torch.no_grad():
         gain = shaped(rewards(nets["reward"], rows), finished[0], config)
         gain = gain - shaped(rewards(nets["reward"], pad(greedy)), finished[1], config)
-        k1 = logprobs(actor, rows, config.temperature) - logprobs(nets["reference"], rows, config.temperature)
-        penalty = config.kl_coef * k1
+        away = divergence(config.kl_estimator, actor, nets["reference"], rows, config.temperature)
+        penalty = config.kl_coef * away
         if config.kl_mode == "cumulative":
             penalty = penalty.flip(1).cumsum(1).flip(1)
         advantage = (gain[:, None] - penalty) * rows.answer

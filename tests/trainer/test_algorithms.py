@@ -28,16 +28,16 @@ def files(tmp_path_factory):
 
 
 class Run:
-    """A phase of the trainer about to take its first step, its weights moved so that nothing is zero."""
+    """A phase of the trainer about to take its first step, its weights `moved` so that nothing is zero."""
 
-    def __init__(self, directory: Path, algorithm: str, **changes):
+    def __init__(self, directory: Path, algorithm: str, moved: bool = True, **changes):
         self.config = with_defaults(tiny.config(directory, algorithm, **changes).validate())
         torch.manual_seed(0)
         self.tokenizer = load_tokenizer(self.config)
         self.phase, self.policy = core.build_phase(self.config, find(algorithm), self.tokenizer)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            for parameter in self.policy.trained.values():
+            for parameter in self.policy.trained.values() if moved else ():
                 parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
         self.rollout = None
         if algorithm in ONLINE:
