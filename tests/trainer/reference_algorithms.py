@@ -128,13 +128,30 @@ def shaped(score: Tensor, finished: Tensor, config: Any) -> Tensor:
     return score
 
 
-def ppo(nets: dict[str, Net], sequences: list, finished: Tensor, config: Any, joint: bool = False) -> list[float]:
-    """nets: actor, critic, reference, reward. Steps the actor's and critic's tensors; returns each loss."""
+def ppo(
+    nets: dict[str, Net],
+    sequences: list,
+    finished: Tensor,
+    config: Any,
+    joint: bool = False,
+    seen: list[float] | None = None,
+    demonstrations: list | None = None,
+) -> list[float]:
+    """nets: actor, critic, reference, reward. Steps the actor's and critic's tensors; returns each loss.
+
+    PPO-max: `seen` holds the raw rewards of the rollouts before, and is added to; `demonstrations` are PPO-ptx's, one
+    batch an epoch.
+    """
     actor, critic = nets["actor"], nets["critic"]
     rows = pad(sequences)
     with torch.no_grad():
         old, old_values = logprobs(actor, rows, config.temperature), values(critic, rows)
-        score = shaped(rewards(nets["reward"], rows), finished, config)
+        score = rewards(nets["reward"], rows)
+        if seen is not None:
+            seen += score.tolist()
+            history = torch.tensor(seen, dtype=torch.float64)
+            score = ((score.double() - history.mean()) / history.std(correction=0)).to(score.dtype)
+        score = shaped(score, finished, config)
         away = divergence(config.kl_estimator, actor, nets["reference"], rows, config.temperature)
         reward = -config.kl_coef * away
         ends = [int(places.nonzero()[-1]) for places in rows.answer]
@@ -151,11 +168,13 @@ def ppo(nets: dict[str, Net], sequences: list, finished: Tensor, config: Any, jo
                 advantage[i, t], following = running, old_values[i, t]
         returns = advantage + old_values * rows.answer
         advantage = whiten(advantage, rows.answer)
+        if config.advantage_clip is not None:
+            advantage = torch.clip(advantage, -config.advantage_clip, config.advantage_clip)
     critic_leaves = [critic.head] if joint else critic.leaves(with_head=True)
     groups = [(actor.leaves(), config.learning_rate), (critic_leaves, config.critic_learning_rate)]
     adam = optimise(groups, config)
     losses = []
-    for _ in range(config.num_ppo_epochs):
+    for epoch in range(config.num_ppo_epochs):
         new, value = logprobs(actor, rows, config.temperature), values(critic, rows)
         ratio = torch.exp(new - old)
         surrogate = torch.min(
@@ -165,8 +184,35 @@ def ppo(nets: dict[str, Net], sequences: list, finished: Tensor, config: Any, jo
         square = torch.max((value - returns) ** 2, (near - returns) ** 2)
         loss = -surrogate[rows.answer].mean() + config.vf_coef * 0.5 * square[rows.answer].mean()
         losses.append(loss.item())
+        if demonstrations:
+            shown = pad(demonstrations[epoch])
+            loss = loss - config.ptx_coef * logprobs(actor, shown)[shown.answer].mean()
         descend(loss, groups, adam, config)
     return losses
+
+
+def pe_rlhf(nets: dict[str, Net], sequences: list, finished: Tensor, config: Any) -> list[float]:
+    """nets: actor, reference, reward, and critic, whose head reads the actor's hidden states."""
+    actor, rows = nets["actor"], pad(sequences)
+    critic = Net(actor.skeleton, actor.weights, actor.adapter, actor.scaling, nets["critic"].head)
+    with torch.no_grad():
+        score = shaped(rewards(nets["reward"], rows), finished, config)
+        away = divergence(config.kl_estimator, actor, nets["reference"], rows, config.temperature)
+        reward = -config.kl_coef * away
+        for i, places in enumerate(rows.answer):
+            reward[i, int(places.nonzero()[-1])] += score[i]
+        length = reward.shape[1]
+        later = torch.arange(length)[:, None] - torch.arange(length)[None]  # [s, t]: s - t
+        discount = torch.where(later >= 0, torch.tensor(config.gamma).double() ** later.clamp(min=0), 0).to(reward)
+        returns = reward @ discount * rows.answer
+        advantage = returns - values(critic, rows)
+    groups = [(actor.leaves(), config.learning_rate), ([critic.head], config.critic_learning_rate)]
+    adam = optimise(groups, config)
+    weighted = (advantage * logprobs(actor, rows, config.temperature)).sum()
+    policy = -weighted / (len(sequences) if config.loss == "sequence" else rows.answer.sum())
+    value = ((values(critic, rows) - returns)[rows.answer] ** 2).mean() / 2
+    descend(policy + config.vf_coef * value, groups, adam, config)
+    return [policy.item(), value.item()]
 
 
 def remax(
