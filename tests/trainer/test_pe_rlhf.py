@@ -172,7 +172,7 @@ def test_a_whole_reward_model_is_refused(files, tmp_path):
 def test_without_a_reward_it_says_what_to_give(files):
     config = tiny.config(files, "pe-rlhf")
     config.reward_model = None
-    refused(config, "reward_model: ")
+    refused(config, "reward_model: pe-rlhf needs the output_dir of a `reward` run")
 
 
 def test_one_base_and_two_adapters(files):

@@ -133,9 +133,9 @@ def test_in_the_warm_up_only_the_critic_learns(files, tmp_path, rank):
     assert not torch.equal(after["critic"].head, before["critic"].head)
     run.phase.step(1)
     moved = run.nets(tmp_path / "moved")["actor"]
-    some = next(iter(moved.adapter.items() if rank else moved.weights.items()))
-    was = (after["actor"].adapter if rank else after["actor"].weights)[some[0]]
-    assert not torch.equal(some[1][0], was[0])
+    pairs = moved.adapter.items() if rank else {name: (value,) for name, value in moved.weights.items()}.items()
+    was = after["actor"].adapter if rank else {name: (value,) for name, value in after["actor"].weights.items()}
+    assert all(not torch.equal(values[0], was[name][0]) for name, values in pairs)
 
 
 @LAYOUTS

@@ -47,7 +47,6 @@ ROWS = (
         loss=ppo.loss,
         defaults={
             "learning_rate": 5e-7,
-            "critic_learning_rate": 1.5e-6,
             "critic_warmup_steps": 10,
             "num_ppo_epochs": 1,
             "kl_coef": 0.05,
