@@ -40,7 +40,7 @@ class Run:
             for parameter in self.policy.trained.values() if moved else ():
                 parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
         self.rollout = None
-        if algorithm in ONLINE:
+        if find(algorithm).data is None:
             update = self.phase._update
 
             def spy(rollout, step):
@@ -241,7 +241,7 @@ def test_remax_advantages_have_the_papers_signs(mode):
 @pytest.mark.parametrize("algorithm", TABLE)
 def test_every_row_fills_all_defaults(algorithm):
     config = with_defaults(replace(core.TrainConfig(model="base"), algorithm=algorithm))
-    shaping = ("missing_eos_penalty", "reward_clip", "reward_model", "reward_batch_size")
+    shaping = ("missing_eos_penalty", "reward_clip", "advantage_clip", "reward_model", "reward_batch_size")
     shaping += ("prompts", "eval_prompts", "demonstrations", "max_active")
     empty = [name for name, value in vars(config).items() if value is None and name not in shaping]
     assert empty == []

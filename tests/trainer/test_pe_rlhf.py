@@ -36,7 +36,7 @@ def test_three_tokens_by_hand():
 
 @pytest.mark.parametrize(("mean", "count"), [("sequence", 2), ("token-mean", 4)])
 def test_the_loss_by_hand(mean, count):
-    """-(2 * -0.5 + -1 * -0.25 + 0 + 3 * -1) = 3.75 over sequences or tokens; errors 1, 0, 2, 0 are 5/2 over 4 tokens."""
+    """-(2 * -0.5 + -1 * -0.25 + 0 + 3 * -1) = 3.75 over sequences or tokens; errors 1, 0, 2, 0 give 5/2 over 4."""
     out = {
         "actor": SimpleNamespace(logprob=torch.tensor([-0.5, -0.25, -9.0, -1.0])),
         "critic": SimpleNamespace(value=torch.tensor([1.0, 2.0, 3.0, 4.0])),

@@ -13,10 +13,14 @@ import torch
 from test_algorithms import Run
 
 from rlhf_kernels import linear_logprob
-from rlhf_trainer.config import KL_ESTIMATORS, ONLINE
+from rlhf_trainer import TrainConfig
+from rlhf_trainer.algorithms import TABLE, with_defaults
+from rlhf_trainer.config import KL_ESTIMATORS
+from rlhf_trainer.errors import UserError
 from rlhf_trainer.shaping import EXACT, penalty
 
 KL_COEF = 0.3
+PENALISED = [name for name, row in TABLE.items() if row.advantages is not None]
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +55,11 @@ def test_three_tokens_by_hand(estimator):
     torch.testing.assert_close(got, torch.tensor(BY_HAND[estimator], dtype=torch.float32), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("algorithm", ONLINE)
+@pytest.mark.parametrize("algorithm", PENALISED)
 def test_every_penalty_is_the_formulas_over_the_whole_vocabulary_in_float64(files, tmp_path, algorithm):
     run = Run(files, algorithm, output_dir=str(tmp_path / "out"), kl_coef=KL_COEF, temperature=0.7, kl_mode="one-step")
     nets = {role: double(run.net(role, tmp_path / role)) for role in ("actor", "reference")}
-    seen = {}
-    for estimator in KL_ESTIMATORS:
-        run.phase.config = replace(run.config, kl_estimator=estimator)
-        seen[estimator] = shaped(run)
+    seen = {estimator: shaped(run, estimator) for estimator in KL_ESTIMATORS}
     rows = reference.pad(run.sequences(seen["kl"]))
     for estimator, rollout in seen.items():
         d = reference.divergence(estimator, nets["actor"], nets["reference"], rows, 0.7)[rows.answer]
@@ -68,9 +69,10 @@ def test_every_penalty_is_the_formulas_over_the_whole_vocabulary_in_float64(file
             assert not torch.allclose(rollout.advantages, seen["none"].advantages, atol=1e-4), estimator
 
 
-def shaped(run):
+def shaped(run, estimator):
     """The rollout of step 0 as it reaches the update, which does not happen."""
-    found = []
+    run.phase.config, found = replace(run.config, kl_estimator=estimator), []
+    run.phase.row_state.clear()
     run.phase._update = lambda rollout, step: found.append(copy.deepcopy(rollout)) or {}
     run.phase.step(0)
     return found[0]
@@ -89,13 +91,13 @@ def double(net):
 def test_an_update_under_each_estimator_equals_the_reference(files, tmp_path, algorithm, estimator):
     run = Run(files, algorithm, output_dir=str(tmp_path / "out"), kl_coef=KL_COEF, kl_estimator=estimator)
     pairs = []
-    score = run.phase._score
+    score = run.phase.sampler.score
 
-    def spy(rollout, greedy, *rest, **options):
+    def spy(rollout, greedy, *rest):
         pairs.append((copy.deepcopy(rollout), copy.deepcopy(greedy)))
-        return score(rollout, greedy, *rest, **options)
+        score(rollout, greedy, *rest)
 
-    run.phase._score = spy
+    run.phase.sampler.score = spy
     before = run.nets(tmp_path / "before")
     metrics = run.phase.step(0)
     (sampled, greedy) = pairs[0]
@@ -110,9 +112,14 @@ def test_an_update_under_each_estimator_equals_the_reference(files, tmp_path, al
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("algorithm", ONLINE)
+@pytest.mark.parametrize("algorithm", PENALISED)
 def test_an_untrained_policy_pays_exactly_nothing_under_any_of_them(files, tmp_path, algorithm, dtype):
     run = Run(files, algorithm, moved=False, output_dir=str(tmp_path / "out"), dtype=dtype)
     for estimator in KL_ESTIMATORS:
-        run.phase.config = replace(run.config, kl_estimator=estimator)
-        assert not shaped(run).penalties.any(), estimator
+        assert not shaped(run, estimator).penalties.any(), estimator
+
+
+@pytest.mark.parametrize("algorithm", [name for name in TABLE if name not in PENALISED])
+def test_a_row_that_pays_no_penalty_refuses_an_estimator(algorithm):
+    with pytest.raises(UserError, match=f"kl_estimator: {algorithm} takes no divergence off its rewards"):
+        with_defaults(TrainConfig(algorithm=algorithm, kl_estimator="bregman"))
