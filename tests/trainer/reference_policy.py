@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from reference_algorithms import Net, descend, logprobs, optimise, pad, rewards, shaped
 from torch import Tensor
 
+ROLES = ("actor", "reference")
+
 
 def double(net: Net) -> Net:
     """The same net in float64."""
@@ -68,6 +70,3 @@ def best_of(nets: dict[str, Net], sequences: list, finished: Tensor, config: Any
             loss = loss + (config.kl_coef * divergence - likelihood[i][places].mean()) / len(chosen)
     descend(loss, groups, adam, config)
     return loss.item()
-
-
-ROLES = ("actor", "reference")
