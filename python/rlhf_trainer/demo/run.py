@@ -121,7 +121,7 @@ def train_base(base: Path, seed: int, steps: int | None = None) -> None:
 
 
 def train_reward_adapter(base: Path, seed: int, steps: int | None = None) -> None:
-    """The reward model of pe-rlhf from the preference pairs: an adapter on the model in `base`, in a folder below it."""
+    """The reward model of pe-rlhf from the preference pairs: an adapter on the model in `base`, below it."""
     from rlhf_trainer import train
     from rlhf_trainer.demo import settings
 
