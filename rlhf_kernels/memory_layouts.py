@@ -14,7 +14,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which copies, adapters and scalar heads (name, trained) an algorithm holds.
+    """Which copies, adapters and scalar heads (name, trained) an algorithm holds; `frozen` adapters only as weights.
 
     `passes`: forward passes with gradients a sequence; `heads_lm` of them read the vocabulary. `rollout`: it generates.
     """
@@ -25,6 +25,7 @@ class Layout:
     passes: int = 1
     heads_lm: int = 1
     rollout: bool = True
+    frozen: tuple[str, ...] = ()
 
 
 _SHARED = (Base("shared base"),)
@@ -40,6 +41,8 @@ LAYOUTS = {
     "lora-ppo": Layout((Base("actor"), Base("critic", scalar=True), *_COPIES), ("actor", "critic"), _FOUR, 2),
     "j-hydra-ppo": Layout(_SHARED, ("joint",), (("value", True), ("reward", False)), 1),
     "hydra-ppo": Layout(_SHARED, ("actor", "critic"), (("value", True), ("reward", False)), 2),
+    "ppo-max": Layout((Base("actor", True), Base("critic", True, scalar=True), *_COPIES), (), _FOUR, 2),
+    "pe-rlhf": Layout(_SHARED, ("actor",), (("value", True), ("reward", False)), 1, frozen=("reward",)),
     "remax": _POLICY,
     "reinforce": _POLICY,
     "rloo": _POLICY,
@@ -52,7 +55,8 @@ ALIASES = {"hydra": "hydra-ppo", "j-hydra": "j-hydra-ppo"}
 def without_reward_copy(layout: Layout) -> Layout:
     """Without the frozen reward model. Its head goes too, unless it is the only one and can read the reference."""
     bases = tuple(b for b in layout.bases if b.role != "reward" or b.trained)
+    frozen = tuple(name for name in layout.frozen if name != "reward")
     left = len(layout.heads) == 1 and any(not b.trained for b in bases)
-    gone = len(bases) < len(layout.bases) and not left
+    gone = (bases, frozen) != (layout.bases, layout.frozen) and not left
     heads = tuple(h for h in layout.heads if not (gone and h[0] == "reward"))
-    return Layout(bases, layout.adapters, heads, layout.passes, layout.heads_lm, layout.rollout)
+    return Layout(bases, layout.adapters, heads, layout.passes, layout.heads_lm, layout.rollout, frozen)

@@ -92,7 +92,7 @@ class Online:
     def load_state(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
         self.kl.value = float(state["kl_coef"])
-        self.row_state = dict(state["row"])
+        self.row_state = dict(state.get("row", {}))  # runs of earlier versions kept none
 
     def _shape(self, rollout: Rollout, greedy: Rollout | None, prompts: int) -> None:
         """From raw scores to rewards and advantages, all left in the rollout."""
@@ -115,7 +115,7 @@ class Online:
         config = self.config
         history: list[dict[str, float]] = []
         difference = 0.0
-        only = "critic" if step < config.critic_warmup_steps else None
+        only = "critic" if step < (config.critic_warmup_steps or 0) else None
         for epoch in range(config.num_ppo_epochs or 1):
             draw = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 1_009 + epoch)
             shuffled = torch.randperm(len(rollout) // self.row.group, generator=draw).to(rollout.lengths.device)
