@@ -9,7 +9,7 @@ import tiny
 SCRIPTS = Path(__file__).parents[2] / "python" / "scripts"
 
 
-@pytest.mark.parametrize("name", ["ppo", "hydra_ppo", "remax"])
+@pytest.mark.parametrize("name", ["ppo", "hydra_ppo", "remax", "rloo"])
 def test_a_script_trains_the_tiny_model(tmp_path, name):
     model = tiny.checkpoint(tmp_path / "model")
     prompts = tmp_path / "prompts.txt"
@@ -22,7 +22,7 @@ def test_a_script_trains_the_tiny_model(tmp_path, name):
     assert scores[1] != scores[0]
 
 
-@pytest.mark.parametrize("name", ["ppo", "hydra_ppo", "remax"])
+@pytest.mark.parametrize("name", ["ppo", "hydra_ppo", "remax", "rloo"])
 def test_a_script_has_at_most_eighty_lines_and_uses_the_public_api_alone(name):
     text = (SCRIPTS / f"{name}.py").read_text()
     assert len(text.splitlines()) <= 80
