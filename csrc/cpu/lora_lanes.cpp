@@ -10,8 +10,6 @@
 namespace lora {
 namespace {
 
-// Threads up to which each packs all rows for itself: what another has just written is slow to come by.
-constexpr int64_t kAlone = 4;
 constexpr int64_t kChunk = 4;  // steps packed at a time by more: lines of the cache that lie together
 
 // Calls for rows [first, first + count) of a matrix.
