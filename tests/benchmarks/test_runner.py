@@ -122,7 +122,7 @@ def test_only_some_contestants_can_be_asked_for(clock):
 
 def test_contestants_take_turns(clock):
     runner.time_case(race(clock), rounds=2)
-    assert clock.ran == ["slow", OURS] * 3  # warm-ups, then two rounds
+    assert clock.ran == ["slow", OURS] + ["slow", OURS] + [OURS, "slow"]  # warm-ups, then two rounds, each begun by another
 
 
 def test_a_short_run_is_repeated_and_its_mean_taken(clock):
