@@ -15,7 +15,7 @@ from typing import Any, Self
 from .errors import UserError, one_line
 from .options import build_parser, check_ranges, option, typed
 
-ALGORITHMS = ("sft", "reward", "hydra-sft", "ppo", "lora-ppo", "j-hydra-ppo", "hydra-ppo", "remax")
+ALGORITHMS = ("sft", "reward", "hydra-sft", "dpo", "r-dpo", "ppo", "lora-ppo", "j-hydra-ppo", "hydra-ppo", "remax")
 ONLINE = ("ppo", "lora-ppo", "j-hydra-ppo", "hydra-ppo", "remax")  # those that generate and need a reward
 KL_ESTIMATORS = (
     "kl",
@@ -123,6 +123,10 @@ class TrainConfig:
     cliprange: float = option(0.2, "of the policy's ratio", above=0)
     cliprange_value: float = option(0.2, "of the value's step", above=0)
     vf_coef: float | None = option(None, "weight of the value loss", least=0)
+    beta: float = option(0.1, "dpo: weight of log pi - log pi_ref in the implicit reward", above=0)
+    length_coef: float = option(0.01, "r-dpo: alpha, a pair's logit for each token that chosen is longer")
+    label_smoothing: float = option(0.0, "dpo: share of pairs whose labels are the wrong way round", least=0, most=0.5)
+    precompute_ref_logprobs: bool = option(False, "dpo: read the reference once, before the first step")
     reward_loss_coef: float = option(0.1, "hydra-sft: weight of the preference loss", least=0)
 
     # what is kept and shown

@@ -27,6 +27,8 @@ class Offline:
         batch = self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
         self.order = BatchOrder(len(self.rows), batch, self.config.seed)
         self._check_rows()
+        if self.row.prepare is not None:
+            self.rows = self.row.prepare(self.model, self.rows, self.config)
 
     def _check_rows(self) -> None:
         """Finds tokens and lengths that the model has no embedding for before the run writes anything."""

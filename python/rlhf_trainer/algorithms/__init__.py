@@ -2,11 +2,11 @@
 
 from dataclasses import replace
 
-from rlhf_trainer.algorithms import hydra_sft, ppo, remax, reward, sft
+from rlhf_trainer.algorithms import dpo, hydra_sft, ppo, remax, reward, sft
 from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss
 from rlhf_trainer.config import ONLINE, TrainConfig
 
-TABLE: dict[str, Algorithm] = {row.name: row for module in (sft, reward, hydra_sft, ppo, remax) for row in module.ROWS}
+TABLE: dict[str, Algorithm] = {row.name: row for module in (sft, reward, hydra_sft, dpo, ppo, remax) for row in module.ROWS}
 
 DEMO_REWARD = "rlhf_trainer.demo.gold:reward"
 

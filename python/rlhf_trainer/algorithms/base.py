@@ -73,3 +73,4 @@ class Algorithm:
     scored: tuple[str, ...] = ()
     advantages: Callable[[Rollout, TrainConfig], None] | None = None
     greedy_baseline: bool = False
+    prepare: Callable[[HydraModel, list[Any], TrainConfig], list[Any]] | None = None  # a file's rows, once, at the start
