@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from rlhf_trainer import TrainConfig
-from rlhf_trainer.config import ONLINE
+from rlhf_trainer.names import ONLINE
 
 WORDS = [
     f"{a}{b}" for a in ("ka", "lo", "mi", "nu", "pe", "ro", "su", "ta") for b in ("ban", "dor", "fel", "gim", "hul")

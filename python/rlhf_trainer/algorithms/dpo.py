@@ -98,10 +98,9 @@ def _layout(config: TrainConfig) -> Layout:
     return Layout(roles, bases={"reference": "model"}, trained_bases=("base",))
 
 
-def _row(name: str, summary: str) -> Algorithm:
+def _row(name: str) -> Algorithm:
     return Algorithm(
         name=name,
-        summary=summary,
         layout=_layout,
         trained=("actor",),
         loss=loss,
@@ -111,7 +110,4 @@ def _row(name: str, summary: str) -> Algorithm:
     )
 
 
-ROWS = (
-    _row("dpo", "preference pairs without a reward model"),
-    _row("r-dpo", "DPO that takes the difference of lengths out"),
-)
+ROWS = (_row("dpo"), _row("r-dpo"))
