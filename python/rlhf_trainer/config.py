@@ -212,8 +212,7 @@ def check_combinations(config: TrainConfig) -> None:
         raise UserError(
             f"reward_weights: {len(config.reward_weights)} weights for {len(config.reward)} rewards; give one for each"
         )
-    if config.reward and config.algorithm not in ONLINE:
-        raise UserError(f"reward: {config.algorithm} scores nothing; it is for {', '.join(ONLINE)}")
+    _check_held_out(config)
     if config.demonstrations and config.algorithm not in ONLINE:
         raise UserError(f"demonstrations: {config.algorithm} learns from prompts alone; it is for {', '.join(ONLINE)}")
     if config.reward and config.reward_model:
@@ -227,6 +226,18 @@ def check_combinations(config: TrainConfig) -> None:
         )
     if Path(config.output_dir).is_file():
         raise UserError(f"output_dir: {config.output_dir!r} is a file")
+
+
+def _check_held_out(config: TrainConfig) -> None:
+    """Algorithms that learn from a file use a reward on held-out prompts alone."""
+    if config.algorithm in ONLINE:
+        return
+    if config.reward and config.algorithm == "reward":
+        raise UserError("reward: the algorithm of that name generates nothing that could be scored")
+    if config.reward and config.eval_prompts is None and config.model != "demo":
+        raise UserError(f"reward: {config.algorithm} scores completions of eval_prompts alone; give some")
+    if config.eval_prompts and not config.reward:
+        raise UserError(f"eval_prompts: {config.algorithm} completes them only to score them; give a reward")
 
 
 def _check_device(device: str) -> None:
