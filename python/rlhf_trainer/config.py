@@ -118,7 +118,12 @@ class TrainConfig:
     kl_mode: str = option(
         "cumulative", "remax: the divergence from here on, or this token's", choices=("cumulative", "one-step")
     )
-    loss: str = option("sequence", "remax: mean over sequences or over tokens", choices=("sequence", "token-mean"))
+    loss: str = option(
+        "sequence", "policy gradients: mean over sequences or over tokens", choices=("sequence", "token-mean")
+    )
+    baseline_decay: float = option(
+        1.0, "reinforce: an earlier step's weight in the baseline falls by this; 1: the mean of all", above=0, most=1
+    )
     missing_eos_penalty: float | None = option(None, "taken off the score of a completion that does not end", least=0)
     reward_clip: float | None = option(None, "scores are clipped to [-c, c]", above=0)
     whiten_rewards: bool = option(False, "per-token rewards to unit variance")

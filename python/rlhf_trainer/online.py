@@ -161,7 +161,7 @@ class Online:
         counts = Counts(float(sum(completion_tokens(row) for row in rows)), float(len(rows)))
         share = sft.loss(self.model, rows, counts, self.config)
         (self.config.ptx_coef * share.value).backward()
-        return float(share.value.detach())
+        return float(share.metrics["loss/sft"])
 
     def _objective(self, rollout: Rollout, raw: torch.Tensor) -> dict[str, float]:
         lengths = rollout.completion_lengths.float()
