@@ -68,6 +68,6 @@ def test_memory_is_measured_as_planned(algorithm, tmp_path):
     run.train_base(base, seed=0, steps=2)
     got = measure.in_fresh_process(algorithm, base)
     rank = settings.ADAPTERS["lora_r"]
-    copies = algorithm != "remax"  # its reference and reward share one frozen copy
+    copies = algorithm not in ("remax", "reinforce", "rloo")  # their reference and reward share one frozen copy
     planned = plan(str(base), algorithm, batch=got.batch, lora_rank=rank, dtype="float32", reward_model=copies)
     assert got.static_bytes == pytest.approx(planned.static, rel=0.02)

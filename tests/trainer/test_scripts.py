@@ -18,7 +18,7 @@ def load(name):
     return script
 
 
-@pytest.mark.parametrize("name", ["ppo", "hydra_ppo", "remax"])
+@pytest.mark.parametrize("name", ["ppo", "hydra_ppo", "remax", "rloo"])
 def test_a_script_trains_the_tiny_model(tmp_path, name):
     model = tiny.checkpoint(tmp_path / "model")
     prompts = tmp_path / "prompts.txt"
