@@ -66,7 +66,7 @@ TUNED: dict[str, dict[str, Any]] = {
     # pairs of the best and the worst sample
     "inpo": ADAPTERS | {"num_ppo_epochs": 1, "rollout_batch_size": 32, "num_generations": 8},
     "dpo": ADAPTERS,
-    "r-dpo": ADAPTERS | {"length_coef": 0.02},
+    "r-dpo": ADAPTERS,
 }
 assert set(TUNED) == {*ONLINE, "dpo", "r-dpo"}
 
