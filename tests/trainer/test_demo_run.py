@@ -39,7 +39,9 @@ def test_a_former_demo_is_cleared(tmp_path):
 
 @pytest.mark.parametrize("algorithm", settings.TUNED)
 def test_the_tuned_settings_are_valid(algorithm, tmp_path):
+    (tmp_path / "reward-adapter").mkdir()
     settings.policy(algorithm, tmp_path, tmp_path / "out").validate()
+    settings.reward_adapter(tmp_path).validate()
     settings.hydra_sft(tmp_path / "base").validate()
 
 
@@ -66,6 +68,8 @@ def test_memory_is_measured_as_planned(algorithm, tmp_path):
 
     base = tmp_path / "base"
     run.train_base(base, seed=0, steps=2)
+    if algorithm == "pe-rlhf":
+        run.train_reward_adapter(base, seed=0, steps=2)
     got = measure.in_fresh_process(algorithm, base)
     rank = settings.ADAPTERS["lora_r"]
     copies = algorithm not in ("remax", "reinforce", "rloo")  # their reference and reward share one frozen copy

@@ -195,3 +195,8 @@ def test_raft_without_a_reference_holds_one_model_and_logs_no_kl(tmp_path, monke
 def test_superhf_starts_at_no_divergence(files, tmp_path):  # noqa: F811
     config = tiny.config(files, "superhf", output_dir=str(tmp_path / "out"), total_steps=1)
     assert abs(train(config).metrics["loss/kl_avg"]) < 1e-6
+
+
+def test_superhfs_weight_of_the_divergence_is_not_adapted(tmp_path):
+    with pytest.raises(UserError, match="kl_controller: superhf takes no divergence off its rewards"):
+        train(tiny.config(tmp_path, "superhf", kl_controller="adaptive"))

@@ -100,6 +100,7 @@ class Algorithm:
             micro-batches are cut: 2 for pairs. A loss sees whole groups.
         begin: before the rollout of step `step` (from 0).
         least_generations: the fewest samples a prompt with which the row means anything.
+        penalised: whether `rollout.rewards`, and with them the penalties of `kl_estimator`, are of any effect.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Algorithm:
     scored: tuple[str, ...] = ()
     greedy_baseline: bool = False
     least_generations: int = 1
+    penalised: bool = True
     advantages: Callable[[Rollout, TrainConfig, State], None] | None = None
     normalize: Callable[[Tensor, State, TrainConfig], Tensor] | None = None
     select: Callable[[Rollout, TrainConfig], Tensor] | None = None

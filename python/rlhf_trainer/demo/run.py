@@ -120,6 +120,15 @@ def train_base(base: Path, seed: int, steps: int | None = None) -> None:
     print(f"the reward head tells the better of two completions in {right:.0%} of the last {len(last)} batches")
 
 
+def train_reward_adapter(base: Path, seed: int, steps: int | None = None) -> None:
+    """The reward model of pe-rlhf from the preference pairs: an adapter on the model in `base`, below it."""
+    from rlhf_trainer import train
+    from rlhf_trainer.demo import settings
+
+    changes: dict[str, Any] = {"logging_steps": 5 * QUIET_STEPS}
+    train(settings.reward_adapter(base, seed, **changes | ({} if steps is None else {"total_steps": steps})))
+
+
 def train_policy(
     algorithm: str, base: Path, output: Path, seed: int, steps: int | None = None, **changes: Any
 ) -> "tuple[Sampled, Sampled, Comparison]":
@@ -130,6 +139,8 @@ def train_policy(
     from rlhf_trainer.demo import evaluate, settings
 
     changes = {"logging_steps": QUIET_STEPS} | changes | ({} if steps is None else {"total_steps": steps})
+    if algorithm == "pe-rlhf":
+        train_reward_adapter(base, seed, steps)
     train(settings.policy(algorithm, base, output, seed, **changes))
     tokenizer, prompts, sft = AutoTokenizer.from_pretrained(base), evaluate.held_out_prompts(), evaluate.load_sft(base)
     before = evaluate.sample(sft, sft, tokenizer, prompts)
