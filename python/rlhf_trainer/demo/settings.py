@@ -69,11 +69,26 @@ TUNED: dict[str, dict[str, Any]] = {
     # no ratio, so one pass; one adapter serves policy and baseline
     "pe-rlhf": ADAPTERS | {"num_ppo_epochs": 1, "vf_coef": 0.05, "total_steps": 80},
     "remax": {"learning_rate": 5e-4, "num_ppo_epochs": 1, "kl_coef": 0.45, "total_steps": 80},
+    "reinforce": {"learning_rate": 5e-4, "num_ppo_epochs": 1, "kl_coef": 0.45, "total_steps": 75},
     # a prompt's samples share its prefill: fewer prompts, several samples each
-    "reinforce": {"learning_rate": 5e-4, "num_ppo_epochs": 1, "kl_coef": 0.45},
-    "rloo": ADAPTERS | {"num_ppo_epochs": 1, "rollout_batch_size": 32, "num_generations": 4, "kl_coef": 0.3},
-    "raft": ADAPTERS | {"num_ppo_epochs": 1, "num_generations": 5, "kl_coef": 0.0},
-    "superhf": ADAPTERS | {"num_ppo_epochs": 1, "rollout_batch_size": 32, "num_generations": 16, "kl_coef": 0.35},
+    "rloo": {
+        "learning_rate": 5e-4,
+        "num_ppo_epochs": 1,
+        "kl_coef": 0.5,
+        "rollout_batch_size": 24,
+        "num_generations": 4,
+        "total_steps": 60,
+    },
+    # ranked by the reward less the KL: longer texts, and those that repeat, pay for it
+    "raft": ADAPTERS | {"num_ppo_epochs": 1, "num_generations": 5, "rollout_batch_size": 24, "kl_coef": 0.4},
+    "superhf": ADAPTERS
+    | {
+        "num_ppo_epochs": 1,
+        "kl_coef": 0.35,
+        "rollout_batch_size": 8,
+        "num_generations": 16,
+        "total_steps": 80,
+    },
     # pairs of the best and the worst sample; a goal of 2.5 nats a pair, for sentences of 17 tokens
     "inpo": ADAPTERS
     | {
