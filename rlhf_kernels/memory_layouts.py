@@ -32,11 +32,14 @@ _SHARED = (Base("shared base"),)
 _FOUR = (("value", True), ("critic's start", False), ("reward", False))
 _COPIES = (Base("reference"), Base("reward", scalar=True))
 _POLICY = Layout((Base("policy", trained=True), *_COPIES), (), (("reward", False),), 1)
+_PAIRS = Layout(_SHARED, ("actor",), (), 2, 2, rollout=False)
 
 LAYOUTS = {
     "sft": Layout((Base("policy", trained=True),), rollout=False),
     "reward": Layout((Base("reward", trained=True, scalar=True),), (), (("reward", True),), 2, 0, rollout=False),
     "hydra-sft": Layout((Base("policy", trained=True),), (), (("reward", True),), 2, 1, rollout=False),
+    "dpo": _PAIRS,
+    "r-dpo": _PAIRS,
     "ppo": Layout((Base("actor", True), Base("critic", True, scalar=True), *_COPIES), (), _FOUR, 2),
     "lora-ppo": Layout((Base("actor"), Base("critic", scalar=True), *_COPIES), ("actor", "critic"), _FOUR, 2),
     "j-hydra-ppo": Layout(_SHARED, ("joint",), (("value", True), ("reward", False)), 1),
@@ -48,6 +51,7 @@ LAYOUTS = {
     "rloo": _POLICY,
     "raft": Layout((Base("policy", trained=True), Base("reward", scalar=True)), (), (("reward", False),), 1),
     "superhf": Layout(_SHARED, ("actor",), (("reward", False),), 1),
+    "inpo": Layout(_SHARED, ("actor",), (("reward", False),), 1, frozen=("snapshot",)),
 }
 ALIASES = {"hydra": "hydra-ppo", "j-hydra": "j-hydra-ppo"}
 

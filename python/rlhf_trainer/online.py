@@ -58,7 +58,7 @@ class Online:
             self.row.begin(self.model, step, config)
         prompts = [self.prompts[i] for i in self.order.at(step)]
         streams = [step * config.rollout_batch_size + i for i in range(len(prompts))]
-        rollout, greedy, early = self.sampler.sample(prompts, self.params, streams)
+        rollout, greedy, early = self.sampler.sample(prompts, self.params, streams, self.row.sampled)
         generated = time.perf_counter() - (early.seconds if early else 0.0)
         self.sampler.score(rollout, greedy, prompts, self.row.scored, config.kl_estimator, early)
         raw = rollout.scores

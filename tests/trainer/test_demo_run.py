@@ -37,10 +37,10 @@ def test_a_former_demo_is_cleared(tmp_path):
     assert not (tmp_path / "demo" / "old").exists()
 
 
-@pytest.mark.parametrize("algorithm", ONLINE)
+@pytest.mark.parametrize("algorithm", settings.TUNED)
 def test_the_tuned_settings_are_valid(algorithm, tmp_path):
     (tmp_path / "reward-adapter").mkdir()
-    settings.online(algorithm, tmp_path, tmp_path / "out").validate()
+    settings.policy(algorithm, tmp_path, tmp_path / "out").validate()
     settings.reward_adapter(tmp_path).validate()
     settings.hydra_sft(tmp_path / "base").validate()
 

@@ -20,6 +20,7 @@ TUNED = {  # algorithm -> rollouts, learning rate
     "rloo": (30, 5e-3),
     "raft": (30, 5e-3),
     "superhf": (30, 2e-2),
+    "inpo": (15, 2e-2),
 }
 
 

@@ -27,6 +27,8 @@ def curve(path):
 def settings(tmp_path, name, algorithm, **changes):
     extra = {"kl_controller": "adaptive"} if "ppo" in algorithm else {}
     extra |= {"lr_scheduler_type": "linear", "warmup_steps": 2} if algorithm == "sft" else {}
+    extra |= {"rounds": 6} if algorithm == "inpo" else {}  # of three steps or of six, each step is a round
+    extra |= {"lora_r": 0, "precompute_ref_logprobs": True} if algorithm == "r-dpo" else {}
     return tiny.config(tmp_path, algorithm, output_dir=str(tmp_path / name), **(extra | changes))
 
 
