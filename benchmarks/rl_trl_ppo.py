@@ -20,13 +20,10 @@ try:
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model, inject_adapter_in_model
     from torch import Tensor, nn
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        TrainerCallback,
-    )
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    from benchmarks.rl_callback import InTurns
 except ModuleNotFoundError:
     sys.exit(MISSING)
 
@@ -48,23 +45,6 @@ class TokenReward(nn.Module):
 
     def score(self, hidden: Tensor) -> Tensor:
         return hidden
-
-
-class InTurns(TrainerCallback):
-    """Begins a step when told to, and says at its end what it gave."""
-
-    def __init__(self, turns: Turns, metric: str) -> None:
-        self.turns, self.metric, self.reward = turns, metric, 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.turns.wait()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        self.reward = float((logs or {}).get(self.metric, self.reward))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.turns.done(self.reward)
-        self.turns.wait()
 
 
 def models(task: Task, directory: str) -> tuple[nn.Module, nn.Module]:

@@ -1,0 +1,114 @@
+"""Whole trainers: a step of RLHF, from prompts to updated adapters, ours beside TRL's of the same task and settings.
+
+Every trainer runs in a process of its own and takes its steps in turns with the others; the first step of each warms it
+up. PPO's peer is TRL 0.29.1, the last version with PPO, whose environment `make .venv/.trl` makes; another one's python
+is named by RLHF_BENCHMARK_TRL_PYTHON. RLOO's peer is the TRL installed here.
+"""
+
+import atexit
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from benchmarks.case import OURS, Case, Measure, Prepare, Run, Target, Unavailable
+from benchmarks.machine import ROOT
+from benchmarks.rl_task import Task
+from benchmarks.rl_turns import Missing, Process, Turn
+
+PYTHON = "RLHF_BENCHMARK_TRL_PYTHON"
+DTYPES = ("float32", "bfloat16")
+PPO = Task(samples=32, mini_batches=2, epochs=4)
+RLOO = replace(PPO, generations=4, mini_batches=1, epochs=1)
+KV_MEMORY = "128MiB"
+TARGETS = (Target("TRL", at_least=1.5), Target("TRL", "memory", at_most=0.4))
+ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """How a contestant is started: `python -m module`, with its settings."""
+
+    module: str
+    settings: dict[str, object] = field(default_factory=dict)
+    python: str = sys.executable
+
+
+def old_trl() -> str:
+    """The python of the environment with TRL 0.29.1."""
+    return os.environ.get(PYTHON) or str(ROOT / ".venv/.trl/bin/python")
+
+
+def ppo() -> dict[str, Trainer]:
+    trl = partial(Trainer, "benchmarks.rl_trl_ppo", python=old_trl())
+    return {
+        OURS: Trainer("benchmarks.rl_ours", {"algorithm": "hydra-ppo", "kv_memory": KV_MEMORY}),
+        "rlhf_kernels, lora-ppo": Trainer("benchmarks.rl_ours", {"algorithm": "lora-ppo", "kv_memory": KV_MEMORY}),
+        "TRL 0.29.1 PPO": trl({"rows": PPO.samples}),
+        "TRL 0.29.1 PPO, half at a time": trl({"rows": PPO.samples // 2}),
+    }
+
+
+def rloo() -> dict[str, Trainer]:
+    return {
+        OURS: Trainer("benchmarks.rl_ours", {"algorithm": "rloo", "kv_memory": KV_MEMORY}),
+        "TRL 1.16.0 RLOO": Trainer("benchmarks.rl_trl_rloo"),
+    }
+
+
+def cases(device: str = "cpu") -> Iterator[Case]:
+    for name, task, trainers in (("PPO with LoRA", PPO, ppo()), ("RLOO with LoRA", RLOO, rloo())):
+        for dtype in DTYPES:
+            yield _case(name, replace(task, dtype=dtype), trainers)
+
+
+def _case(name: str, task: Task, trainers: dict[str, Trainer]) -> Case:
+    turns: dict[str, list[Turn]] = {}
+
+    def build(tiny: bool) -> dict[str, Prepare]:
+        place = tempfile.TemporaryDirectory()
+        given = task.tiny() if tiny else task
+        given.write(Path(place.name))
+        turns.clear()
+        return {who: partial(_started, trainer, place, turns.setdefault(who, [])) for who, trainer in trainers.items()}
+
+    def measured() -> dict[str, Measure]:
+        """Of those that ran: what their processes told."""
+        return {who: _measure(task, found) for who, found in turns.items() if found}
+
+    epochs = f"{task.epochs} epoch{'s' * (task.epochs > 1)} of {task.mini_batches} update{'s' * (task.mini_batches > 1)}"
+    text = (
+        f"{name}, {task.dtype}: {task.samples} samples of {task.prompt_tokens} + {task.new_tokens} tokens, {epochs}, "
+        f"{task.micro_batch} a micro-batch"
+    )
+    tokens = dict.fromkeys(trainers, task.samples * task.new_tokens)
+    return Case(
+        text, build, next(who for who in trainers if who.startswith("TRL")), targets=TARGETS, memory=False,
+        budget_s=300.0, least_rounds=ROUNDS, rounds=ROUNDS, tokens=tokens, warmed=True, measured=measured,
+    )  # fmt: skip
+
+
+def _started(trainer: Trainer, place: tempfile.TemporaryDirectory, turns: list[Turn]) -> Run:
+    try:
+        process = Process(trainer.python, trainer.module, Path(place.name), trainer.settings)
+    except Missing as error:
+        raise Unavailable("not installed") from error
+    atexit.register(process.close)
+
+    def run() -> None:
+        turns.append(process.step())
+
+    run()
+    return run
+
+
+def _measure(task: Task, turns: list[Turn]) -> Measure:
+    seconds = sorted(turn.cpu_s for turn in turns[1:] or turns)
+    figures = {
+        "CPU s/sample": f"{seconds[len(seconds) // 2] / task.samples:.3f}",
+        "reward": f"{turns[0].reward:.2f} to {turns[-1].reward:.2f}",
+    }
+    return Measure(turns[-1].peak_bytes, figures)
