@@ -8,15 +8,16 @@ from rlhf_trainer.algorithms import find, with_defaults
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.demo import checkpoint_path
 from rlhf_trainer.models import build
+from rlhf_trainer.names import ONLINE
 from rlhf_trainer.optim import Optimizer
 
-WITH_ADAPTERS = {"lora-ppo", "j-hydra-ppo", "hydra-ppo"}
+WITH_ADAPTERS = {"lora-ppo", "j-hydra-ppo", "hydra-ppo", "superhf"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("algorithm", LAYOUTS)
 def test_static_bytes_are_those_the_trainer_holds(algorithm, dtype):
-    reward = ["any:function"] if "ppo" in algorithm or algorithm == "remax" else []
+    reward = ["any:function"] if algorithm in ONLINE else []
     rank = 4 if algorithm in WITH_ADAPTERS else 0
     config = with_defaults(TrainConfig(algorithm=algorithm, dtype=dtype, lora_r=rank, reward=reward))
     policy = build(config, find(algorithm))

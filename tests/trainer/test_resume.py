@@ -12,6 +12,7 @@ import tiny
 from safetensors.torch import load_file
 
 from rlhf_trainer import checkpoint, train
+from rlhf_trainer.algorithms import TABLE
 from rlhf_trainer.errors import UserError
 
 TIMED = ("timing/", "memory/", "sampling/tokens_per_second")
@@ -29,7 +30,7 @@ def settings(tmp_path, name, algorithm, **changes):
     return tiny.config(tmp_path, algorithm, output_dir=str(tmp_path / name), **(extra | changes))
 
 
-@pytest.mark.parametrize("algorithm", ["hydra-ppo", "ppo", "remax", "hydra-sft"])
+@pytest.mark.parametrize("algorithm", TABLE)
 def test_three_steps_and_three_more_are_six(tmp_path, algorithm):
     train(settings(tmp_path, "whole", algorithm, total_steps=6))
     train(settings(tmp_path, "split", algorithm, total_steps=3))
