@@ -5,8 +5,8 @@ up. PPO's peer is TRL 0.29.1, the last version with PPO, whose environment `make
 is named by RLHF_BENCHMARK_TRL_PYTHON. RLOO's peer is the TRL installed here.
 """
 
-import atexit
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -66,20 +66,15 @@ def cases(device: str = "cpu") -> Iterator[Case]:
 
 
 def _case(name: str, task: Task, trainers: dict[str, Trainer]) -> Case:
-    turns: dict[str, list[Turn]] = {}
+    group = Group({})
 
     def build(tiny: bool) -> dict[str, Prepare]:
-        place = tempfile.TemporaryDirectory()
-        given = task.tiny() if tiny else task
-        given.write(Path(place.name))
-        turns.clear()
-        return {who: partial(_started, trainer, place, turns.setdefault(who, [])) for who, trainer in trainers.items()}
+        group.begin(task.tiny() if tiny else task)
+        return {who: partial(group.start, who, trainer) for who, trainer in trainers.items()}
 
-    def measured() -> dict[str, Measure]:
-        """Of those that ran: what their processes told."""
-        return {who: _measure(task, found) for who, found in turns.items() if found}
-
-    epochs = f"{task.epochs} epoch{'s' * (task.epochs > 1)} of {task.mini_batches} update{'s' * (task.mini_batches > 1)}"
+    epochs = (
+        f"{task.epochs} epoch{'s' * (task.epochs > 1)} of {task.mini_batches} update{'s' * (task.mini_batches > 1)}"
+    )
     text = (
         f"{name}, {task.dtype}: {task.samples} samples of {task.prompt_tokens} + {task.new_tokens} tokens, {epochs}, "
         f"{task.micro_batch} a micro-batch"
@@ -87,28 +82,57 @@ def _case(name: str, task: Task, trainers: dict[str, Trainer]) -> Case:
     tokens = dict.fromkeys(trainers, task.samples * task.new_tokens)
     return Case(
         text, build, next(who for who in trainers if who.startswith("TRL")), targets=TARGETS, memory=False,
-        budget_s=300.0, least_rounds=ROUNDS, rounds=ROUNDS, tokens=tokens, warmed=True, measured=measured,
+        budget_s=300.0, least_rounds=ROUNDS, rounds=ROUNDS, tokens=tokens, warmed=True,
+        measured=lambda: group.measures(task.samples),
     )  # fmt: skip
 
 
-def _started(trainer: Trainer, place: tempfile.TemporaryDirectory, turns: list[Turn]) -> Run:
-    try:
-        process = Process(trainer.python, trainer.module, Path(place.name), trainer.settings)
-    except Missing as error:
-        raise Unavailable("not installed") from error
-    atexit.register(process.close)
+@dataclass
+class Group:
+    """The processes of one case and what their steps gave; the first step of each is not timed."""
 
-    def run() -> None:
-        turns.append(process.step())
+    turns: dict[str, list[Turn]]
+    processes: list[Process] = field(default_factory=list)
+    place: tempfile.TemporaryDirectory | None = None
 
-    run()
-    return run
+    def begin(self, task: Task) -> None:
+        self.end()
+        self.turns.clear()
+        self.place = tempfile.TemporaryDirectory()
+        task.write(Path(self.place.name))
+
+    def start(self, who: str, trainer: Trainer) -> Run:
+        assert self.place is not None
+        try:
+            process = Process(trainer.python, trainer.module, Path(self.place.name), trainer.settings)
+        except Missing as error:
+            raise Unavailable("not installed") from error
+        self.processes.append(process)
+        turns = self.turns.setdefault(who, [])
+
+        def run() -> None:
+            turns.append(process.step())
+
+        run()
+        return run
+
+    def measures(self, samples: int) -> dict[str, Measure]:
+        """What the processes told, which end with this."""
+        self.end()
+        return {who: _measure(samples, turns) for who, turns in self.turns.items() if turns}
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.close()
+        self.processes.clear()
+        if self.place is not None:
+            self.place.cleanup()
+            self.place = None
 
 
-def _measure(task: Task, turns: list[Turn]) -> Measure:
-    seconds = sorted(turn.cpu_s for turn in turns[1:] or turns)
+def _measure(samples: int, turns: list[Turn]) -> Measure:
     figures = {
-        "CPU s/sample": f"{seconds[len(seconds) // 2] / task.samples:.3f}",
+        "CPU s/sample": f"{statistics.median(turn.cpu_s for turn in turns[1:] or turns) / samples:.3f}",
         "reward": f"{turns[0].reward:.2f} to {turns[-1].reward:.2f}",
     }
     return Measure(turns[-1].peak_bytes, figures)

@@ -68,7 +68,9 @@ class Task:
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory)
         column = model.lm_head.weight[:, 0].detach().float()
-        scores = (column - column.mean()) / column.std() / self.new_tokens**0.5  # a random completion: 0, give or take 1
+        scores = (
+            (column - column.mean()) / column.std() / self.new_tokens**0.5
+        )  # a random completion: 0, give or take 1
         (directory / "scores.json").write_text(json.dumps(scores.tolist()))
         (directory / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in self.texts()))
         (directory / "task.json").write_text(json.dumps(asdict(self)))
