@@ -8,12 +8,10 @@ from benchmarks.rl_turns import Turns
 
 
 class InTurns(TrainerCallback):
-    """Begins a step when told to, and says what it gave: log entry `metric`, after every `updates` optimiser steps.
+    """Begins a step, of `updates` optimiser steps, when told to, and says what it gave: what is logged as `metric`, for
+    trainers that log before a step ends, or what was put into `reward`."""
 
-    A trainer logs before the end of a step or after it; one that logs after it is a step behind.
-    """
-
-    def __init__(self, turns: Turns, metric: str, updates: int = 1) -> None:
+    def __init__(self, turns: Turns, metric: str = "", updates: int = 1) -> None:
         self.turns, self.metric, self.updates, self.reward = turns, metric, updates, float("nan")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -16,7 +16,7 @@ from benchmarks.rl_turns import MISSING, Turns
 
 try:
     import torch
-    import transformers.models.llama.modeling_llama
+    import transformers.models.llama.modeling_llama  # noqa: F401  (on nobody's bill)
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model, inject_adapter_in_model
     from torch import Tensor, nn
@@ -29,7 +29,7 @@ except ModuleNotFoundError:
 
 
 class TokenReward(nn.Module):
-    """What TRL expects of a reward model: a backbone under `base_model_prefix`, whose last hidden state `score` reads."""
+    """What TRL expects of a reward model: a backbone by the name of `base_model_prefix`, and `score` of its states."""
 
     base_model_prefix = "backbone"
 
@@ -105,7 +105,7 @@ def main(rows: int, gradient_checkpointing: bool = False) -> None:
         value_model=critic,
         train_dataset=prompts,
         eval_dataset=prompts.select(range(1)),
-        callbacks=[InTurns(turns, "objective/scores")],
+        callbacks=[InTurns(turns, metric="objective/scores")],
     )
     trainer.train()
 

@@ -72,7 +72,7 @@ class Process:
         if not Path(python).exists():
             raise Missing(str(python))
         environment = os.environ | {DIRECTORY: str(directory), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self.errors = tempfile.TemporaryFile()  # a pipe that nobody reads would fill up
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed in close; a pipe that nobody reads would fill up)
         self.child = subprocess.Popen(
             [str(python), "-W", "ignore", "-m", module, json.dumps(settings)], cwd=ROOT, text=True, env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,

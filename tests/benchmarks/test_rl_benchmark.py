@@ -28,7 +28,7 @@ def place(tmp_path, monkeypatch):
 
 def test_a_task_is_read_back_as_it_was_written(place):
     assert rl_task.read(place) == TINY
-    assert [json.loads(line)["prompt"] for line in open(place / "prompts.jsonl")] == TINY.texts()
+    assert [json.loads(line)["prompt"] for line in (place / "prompts.jsonl").open()] == TINY.texts()
 
 
 def test_text_and_tokens_are_worth_the_same_and_a_random_completion_nothing(place):
@@ -62,6 +62,6 @@ def test_our_trainer_takes_its_steps_and_a_missing_peer_says_so(monkeypatch):
 def test_a_trainer_that_fails_says_how(place):
     with pytest.raises(RuntimeError, match="frobnicate"):
         Process(sys.executable, "benchmarks.rl_ours", place, {"algorithm": "frobnicate", "kv_memory": "1MiB"})
+    group = rl.Group({}, place=SimpleNamespace(name=str(place), cleanup=lambda: None))
     with pytest.raises(Unavailable, match="not installed"):
-        group = rl.Group({}, place=SimpleNamespace(name=str(place), cleanup=lambda: None))
         group.start("x", rl.Trainer("benchmarks.rl_ours", python="/nowhere/python"))
