@@ -33,7 +33,7 @@ class Task:
     new_tokens: int = 64
     samples: int = 64
     generations: int = 1  # samples a prompt
-    micro_batch: int = 16
+    micro_batch: int = 8  # TRL's PPO cannot cut a minibatch: it runs whole
     mini_batches: int = 4  # optimiser steps an epoch
     epochs: int = 4
     rank: int = 16
