@@ -98,6 +98,8 @@ def time_case(case: Case, rounds: int, device: str = "cpu", who: Collection[str]
         s = seconds[name]
         timing.median_s, timing.min_s, timing.max_s, timing.rounds = statistics.median(s), min(s), max(s), len(s)
     base = timed[case.base].cost if case.base in timed else None
+    for name, measure in (case.measured() if case.measured else {}).items():
+        found[name].peak_bytes, found[name].figures = measure.peak_bytes, dict(measure.figures)
     for timing in timed.values():
         timing.ratio = base / timing.cost if base and timing.cost else None
     return list(found.values())
