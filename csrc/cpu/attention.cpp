@@ -43,7 +43,8 @@ void run(const Options& options, const Operands<T>& of, const Plan& plan) {
       run_units(options, of, plan, plan.border(low, parts), plan.border(high, parts), states.data);
     });
   }
-  for (int64_t i = 0; i < int64_t(plan.splits.size()) * of.kv_heads; ++i) finish_split(options, of, plan, i, states.data);
+  for (int64_t i = 0; i < int64_t(plan.splits.size()) * of.kv_heads; ++i)
+    finish_split(options, of, plan, i, states.data);
 }
 
 template <typename T>

@@ -1,8 +1,8 @@
 // Pieces of a decoder whose rows are the lanes of vectors. Activations lie as words, a word being two neighbouring
 // features of a row as bf16: [features / 2][16 rows of each vector], chunk of rows after chunk. A product of W reads W
-// where it is, each pair of its elements against all rows of a chunk, and what follows it (norms, gates, residuals) goes
-// feature by feature without looking at another lane: a row's bits depend on nothing beside it. Roundings to bf16 are
-// those that the modules of transformers make.
+// where it is, each pair of its elements against all rows of a chunk, and what follows it (norms, gates, residuals)
+// goes feature by feature without looking at another lane: a row's bits depend on nothing beside it. Roundings to bf16
+// are those that the modules of transformers make.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kLanes = 16;
 constexpr int64_t kMostVectors = 4;
 template <int kV>
-constexpr int kGroup = 24 / kV;  // rows of W whose sums are in registers
+constexpr int kGroup = 24 / kV;   // rows of W whose sums are in registers
 constexpr int64_t kColumns = 24;  // of a product taken at a time: whole groups, whatever kV
 
 // Rows [lo, lo + rows) as so many vectors; `before`: lanes of the chunks before it; `apart`: lanes of other sets.
@@ -138,9 +138,7 @@ LANES __m512 high_of(__m512i words) {
   return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000))));
 }
 LANES __m512 widen(uint16_t bits) { return _mm512_castsi512_ps(_mm512_set1_epi32(int(uint32_t(bits) << 16))); }
-LANES __m512 widen(__m256i bits) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
+LANES __m512 widen(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
 LANES __m512 rounded(__m512 x) { return widen((__m256i)_mm512_cvtneps_pbh(x)); }
 
 // x / rms(x), rounded, times the weight; or unrounded times (1 + weight).
@@ -172,7 +170,8 @@ void norm_words(const Read& read, const uint16_t* weight, int64_t words, const N
   const __m512 scale = norm_scale(_mm512_add_ps(squares[0], squares[1]), 2 * words, norm);
   for (int64_t k = 0; k < words; ++k) {
     const __m512i x = read(k);
-    const __m512 a = normed(low_of(x), scale, weight[2 * k], norm), b = normed(high_of(x), scale, weight[2 * k + 1], norm);
+    const __m512 a = normed(low_of(x), scale, weight[2 * k], norm),
+                 b = normed(high_of(x), scale, weight[2 * k + 1], norm);
     _mm512_storeu_si512(to + k * step, lanes::bf16_pairs(a, b));
   }
 }
@@ -291,9 +290,8 @@ inline void rotate(const uint16_t* x, const uint16_t* cos, const uint16_t* sin, 
   const int64_t half = rotary / 2;
   for (int64_t j = 0; j < half; j += kLanes) {
     const auto there = __mmask16(half - j >= kLanes ? 0xffff : (1 << (half - j)) - 1);
-    const auto read = [&](const uint16_t* p) __attribute__((always_inline)) {
-      return widen(_mm256_maskz_loadu_epi16(there, p + j));
-    };
+    const auto read = [&](const uint16_t* p)
+                          __attribute__((always_inline)) { return widen(_mm256_maskz_loadu_epi16(there, p + j)); };
     const __m512 low = read(x), high = read(x + half);
     const __m512 a = rounded(_mm512_mul_ps(low, read(cos))), b = rounded(_mm512_mul_ps(high, read(sin)));
     const __m512 c = rounded(_mm512_mul_ps(high, read(cos + half))), d = rounded(_mm512_mul_ps(low, read(sin + half)));

@@ -86,8 +86,13 @@ int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 class Run {
  public:
-  Run(const Model& model, const Step& step, const Scratch& memory, const std::vector<Plan>& plans, float* states, int64_t threads)
-      : model_(model), step_(step), memory_(memory), plans_(plans), states_(states),
+  Run(const Model& model, const Step& step, const Scratch& memory, const std::vector<Plan>& plans, float* states,
+      int64_t threads)
+      : model_(model),
+        step_(step),
+        memory_(memory),
+        plans_(plans),
+        states_(states),
         parts_(threads == 1 ? 1 : kPartsEach * threads) {
     const int64_t columns = std::max({kHeadColumns, 2 * kColumns, model.d});
     sums_floats_ = 2 * columns * kMostVectors * kLanes;
@@ -143,7 +148,8 @@ class Run {
     each_vector(walk, step_.rows, [&](const Chunk& chunk, int64_t v) {
       const int64_t lo = chunk.lo + v * kLanes;
       load_words([&](int64_t i) { return model_.embedding + step_.ids[lo + i] * model_.hidden; },
-                 std::min(kLanes, step_.rows.rows - lo), words, at(memory_.h, chunk, words) + v * kLanes, chunk.width());
+                 std::min(kLanes, step_.rows.rows - lo), words, at(memory_.h, chunk, words) + v * kLanes,
+                 chunk.width());
     });
   }
 
@@ -228,7 +234,8 @@ class Run {
       const bool some = which == to_q;
       for (const Chunk& chunk : (some ? wanted : step_.rows).chunks) {
         const uint32_t* x = (some ? x_wanted : memory_.x) + chunk.before * words;
-        with_vectors(chunk.vectors, [&](auto v) { one_head<v>(layer, which, index, chunk, x, &wanted == &step_.last); });
+        with_vectors(chunk.vectors,
+                     [&](auto v) { one_head<v>(layer, which, index, chunk, x, &wanted == &step_.last); });
       }
     });
   }
@@ -239,6 +246,7 @@ class Run {
     const int64_t d = model_.d, pitch = d + 32;
     float *sums = sums_of_thread(sums_floats_ + tile_floats_), *more = sums + sums_floats_ / 2;
     auto* tile = reinterpret_cast<uint16_t*>(sums + sums_floats_);
+    if (which != to_q) fetch(which == to_k ? layer.of.k : layer.of.v, chunk, index);
     columns<kV>(layer.linear[which], index * d, d, chunk, x, sums, more);
     const uint16_t* weight = which == to_q ? layer.vectors[of_q] : which == to_k ? layer.vectors[of_k] : nullptr;
     if (weight != nullptr) {
@@ -256,9 +264,18 @@ class Run {
     for (int64_t i = 0; i < chunk.rows; ++i) {
       const int64_t row = chunk.lo + i, token = which == to_q && few ? step_.wanted[row] : row;
       const int64_t table = step_.positions[token] * step_.rotary;
-      uint16_t* to = which == to_q ? memory_.q + (row * model_.heads + index) * d
-                                 : const_cast<uint16_t*>(layer.of.k) + step_.places[size_t(row)] + index * step_.head_stride;
+      uint16_t* to = which == to_q
+                         ? memory_.q + (row * model_.heads + index) * d
+                         : const_cast<uint16_t*>(layer.of.k) + step_.places[size_t(row)] + index * step_.head_stride;
       rotate(tile + i * pitch, step_.cos + table, step_.sin + table, step_.rotary, d, to);
+    }
+  }
+
+  // Calls for the places that a head's rows will be written to, all over the arena.
+  void fetch(const uint16_t* plane, const Chunk& chunk, int64_t index) const {
+    for (int64_t i = 0; i < chunk.rows; ++i) {
+      const uint16_t* to = plane + step_.places[size_t(chunk.lo + i)] + index * step_.head_stride;
+      for (int64_t at = 0; at < model_.d; at += 32) __builtin_prefetch(to + at, 1);
     }
   }
 
@@ -319,9 +336,8 @@ class Run {
       for (const Chunk& chunk : step_.last.chunks) {
         with_vectors(chunk.vectors, [&](auto v) {
           multiply<v>(model_.head, first, count, memory_.x_last + chunk.before * model_.hidden / 2, sums);
-          store_rows<v>(sums, count, chunk.rows, [&](int64_t i) {
-            return step_.logits + (chunk.lo + i) * columns + first;
-          });
+          store_rows<v>(sums, count, chunk.rows,
+                        [&](int64_t i) { return step_.logits + (chunk.lo + i) * columns + first; });
         });
       }
     });

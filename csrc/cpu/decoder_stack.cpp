@@ -103,10 +103,15 @@ void take_layers(const Parameters& given, const SliceTable& table, Model& model)
                "layers' keys and values differ in shape");
       }
     }
-    layer.options = {model.d, model.d, model.heads / model.kv_heads, float(given.scales[i]), given.windows[i],
+    layer.options = {model.d,
+                     model.d,
+                     model.heads / model.kv_heads,
+                     float(given.scales[i]),
+                     given.windows[i],
                      float(given.softcaps[i])};
-    layer.of = {nullptr, data<uint16_t>(k), data<uint16_t>(v), model.heads * model.d, model.d, k.stride(2), k.stride(1),
-                v.stride(2), v.stride(1), nullptr, model.heads, model.kv_heads};
+    layer.of = {nullptr,     data<uint16_t>(k), data<uint16_t>(v), model.heads * model.d,
+                model.d,     k.stride(2),       k.stride(1),       v.stride(2),
+                v.stride(1), nullptr,           model.heads,       model.kv_heads};
     layer.of.table = table, layer.of.k_slice = k.stride(0), layer.of.v_slice = v.stride(0);
     model.layers.push_back(layer);
   }
@@ -177,13 +182,20 @@ Scratch scratch_of(const Model& model, const Step& step) {
   thread_local Memory memory;
   const int64_t lanes = step.rows.lanes, last = step.last.lanes, attended = model.heads * model.d;
   const int64_t widest = std::max(model.hidden, attended) / 2;
-  const int64_t sizes[] = {lanes * model.hidden / 2, lanes * widest, lanes * model.inner / 2, last * model.hidden / 2,
-                           last * widest, (lanes + last) * model.s_words, lanes * attended / 2, lanes * attended / 2};
+  const int64_t sizes[] = {lanes * model.hidden / 2, lanes * widest,      lanes * model.inner / 2,
+                           last * model.hidden / 2,  last * widest,       (lanes + last) * model.s_words,
+                           lanes * attended / 2,     lanes * attended / 2};
   int64_t at[9] = {};
   for (int i = 0; i < 8; ++i) at[i + 1] = at[i] + (sizes[i] + 15) / 16 * 16;
   memory.reserve(at[8]);
   uint32_t* m = memory.data();
-  return {m, m + at[1], m + at[2], m + at[3], m + at[4], m + at[5], reinterpret_cast<uint16_t*>(m + at[6]),
+  return {m,
+          m + at[1],
+          m + at[2],
+          m + at[3],
+          m + at[4],
+          m + at[5],
+          reinterpret_cast<uint16_t*>(m + at[6]),
           reinterpret_cast<uint16_t*>(m + at[7])};
 }
 
@@ -246,7 +258,7 @@ Tensor decoder_step(Tensor ids, Tensor positions, Tensor wanted, Tensor embeddin
   Stages stages(Run::stages(model));
   const Run run(model, step, scratch_of(model, step), plans, kept.data, threads);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t lo, int64_t hi) {
-    for (int64_t t = lo; t < hi; ++t) run.go(stages);
+    for (int64_t i = lo; i < hi; ++i) run.go(stages);
   });
   return logits;
 }

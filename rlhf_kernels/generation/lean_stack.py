@@ -105,7 +105,12 @@ class LeanStack(Part):
 def stack_of(lm: Any, parts: Mapping[nn.Module, Part]) -> LeanStack | None:
     """The model as a stack where it is built as one; `parts`: its modules' replacements, which are proved."""
     decoder = getattr(lm, getattr(lm, "base_model_prefix", ""), None)
-    if decoder is None or decoder is lm or set(decoder._modules) != STACK or set(lm._modules) != {lm.base_model_prefix, "lm_head"}:
+    if (
+        decoder is None
+        or decoder is lm
+        or set(decoder._modules) != STACK
+        or set(lm._modules) != {lm.base_model_prefix, "lm_head"}
+    ):
         return None
     layers, norm = [parts.get(layer) for layer in decoder.layers], parts.get(decoder.norm)
     if not layers or not all(type(layer) is LeanLayer for layer in layers) or type(norm) is not LeanNorm:
@@ -136,7 +141,13 @@ def _suits(stack: LeanStack) -> bool:
     head_norms = [norm for attention in attentions for norm in attention.norms]
     sizes = [size for linear in stack.linears for size in (linear.in_features, linear.out_features)]
     tensors = [t for part in (embedding, head, decoder.norm, *decoder.layers) for t in part.parameters()]
-    own = {id(t) for linear in stack.linears if isinstance(linear, LoRALinear) for d in (linear.lora_A, linear.lora_B) for t in d.values()}
+    own = {
+        id(t)
+        for linear in stack.linears
+        if isinstance(linear, LoRALinear)
+        for d in (linear.lora_A, linear.lora_B)
+        for t in d.values()
+    }
     return (
         registry.native_available() and torch.ops.rlhf_kernels.bf16_isa() == VECTOR_UNIT
         and type(embedding) is nn.Embedding and embedding.max_norm is None and embedding.weight.is_contiguous()
