@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -13,6 +14,8 @@
 
 namespace rlhf_kernels::attention {
 namespace {
+
+constexpr int64_t ROWS_TOGETHER = 16;  // of all heads of a job; with more rows it is not reading that takes the time
 
 // One thread's memory for as long as it lives: an allocation a call would be as long as a short call's work.
 float* scratch_of_thread(int64_t floats) {
@@ -89,20 +92,28 @@ struct Unit {
     job = {options, of.q_head, tokens.data(), count, nullptr, 0};
   }
 
-  void set(const Options& options, const Operands<T>& of, const Plan& plan, int64_t index, float* states) {
+  // Units from `index` on, as many heads of the piece as are done together; returns how many.
+  int64_t set(const Options& options, const Operands<T>& of, const Plan& plan, int64_t index, int64_t most,
+              float* states) {
     const Piece& piece = plan.pieces[size_t(index / of.kv_heads)];
     const int64_t head = index % of.kv_heads;
     set_queries(options, of, plan, piece.first_query, piece.queries, head);
+    if (piece.split < 0) {
+      const int64_t together = std::max<int64_t>(1, ROWS_TOGETHER / (piece.queries * options.group));
+      job.heads = std::min({together, of.kv_heads - head, most});
+      job.k_head = of.k_head, job.v_head = of.v_head;
+    }
     phases.resize(size_t(piece.spans));
     for (int64_t i = 0; i < piece.spans; ++i) {
       const Span& span = plan.spans[size_t(piece.first_span + i)];
       phases[size_t(i)] = {of.keys(span.sequence, head), span.begin, span.end, span.first_query, span.queries};
     }
     job.phases = phases.data(), job.phase_count = piece.spans;
-    if (piece.split < 0) return;
+    if (piece.split < 0) return job.heads;
     const int64_t rows = piece.queries * options.group;
     const int64_t at = head * plan.states + plan.splits[size_t(piece.split)].states + piece.first_chunk * rows;
     job.states = states + at * state_floats(options);
+    return 1;
   }
 };
 
@@ -112,10 +123,12 @@ void run_units(const Options& options, const Operands<T>& of, const Plan& plan, 
                float* states) {
   float* scratch = scratch_of_thread(forward_scratch(options, plan.most_queries()));
   Unit<T> two[2];
-  if (low < high) two[low % 2].set(options, of, plan, low, states);
-  for (int64_t i = low; i < high; ++i) {
-    if (i + 1 < high) two[(i + 1) % 2].set(options, of, plan, i + 1, states);
-    forward(two[i % 2].job, i + 1 < high ? &two[(i + 1) % 2].job : nullptr, scratch);
+  int now = 0;
+  int64_t after = low < high ? low + two[now].set(options, of, plan, low, high - low, states) : high;
+  for (int64_t i = low; i < high; now = !now) {
+    i = after;
+    if (i < high) after += two[!now].set(options, of, plan, i, high - i, states);
+    forward(two[now].job, i < high ? &two[!now].job : nullptr, scratch);
   }
 }
 

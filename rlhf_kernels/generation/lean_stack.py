@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from rlhf_kernels.generation.lean_parts import LeanLayer, LeanNorm, Part
 from rlhf_kernels.nn.lora import LoRALinear
-from rlhf_kernels.nn.routes import AdapterRoutes
 from rlhf_kernels.ops import registry
 
 VECTOR_UNIT = 1  # what bf16_isa says of AVX512-BF16; beside a matrix unit the layers' own products are faster

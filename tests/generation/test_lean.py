@@ -31,8 +31,11 @@ LEAN = {  # architecture -> kinds of modules that have replacements, inner ones 
     "gpt-neox": {"Linear"},
 }
 WHOLE = {  # architectures whose whole step is one op, where the processor has it
-    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "mistral": "MistralForCausalLM",
-}  # fmt: skip
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
 
 
 def expected(name: str, dtype: torch.dtype = torch.float32) -> set[str]:
