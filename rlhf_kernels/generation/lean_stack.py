@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from rlhf_kernels.generation.lean_parts import LeanLayer, LeanNorm, Part
 from rlhf_kernels.nn.lora import LoRALinear
@@ -73,11 +74,7 @@ class LeanStack(Part):
     def serves(self, *args: Any, input_ids: Tensor, **kwargs: Any) -> bool:
         """Whether the running forward's adapters are of a kind that the op takes: one for all rows, or none."""
         running = None if self.routes is None else self.routes.running
-        if running is None or not running.names:
-            return True
-        return running.runs == [0, input_ids.shape[1], 0] and all(
-            a is None or a.shape[0] % 2 == 0 for own in self.linears for a in _matrices(own, running.names[0])
-        )
+        return running is None or not running.names or running.runs == [0, input_ids.shape[1], 0]
 
     def _head_norm(self) -> LeanNorm:
         norms = self.layers[0].attention.norms
@@ -95,9 +92,7 @@ class LeanStack(Part):
             return [], 1.0
         name = running.names[0]
         if name not in self._adapters:
-            none = self._embedding.new_empty(0)
-            pairs = [_matrices(own, name) for own in self.linears]
-            self._adapters[name] = [none if t is None else t.detach().bfloat16() for pair in pairs for t in pair]
+            self._adapters[name] = [t for linear in self.linears for t in _matrices(linear, name)]
         return self._adapters[name], running.scaling[0]
 
 
@@ -125,10 +120,12 @@ def _linears(layer: LeanLayer) -> list[nn.Module]:
     return [attention._modules[n] for n in names] + [mlp._modules[n] for n in ("gate_proj", "up_proj", "down_proj")]
 
 
-def _matrices(linear: nn.Module, name: str) -> tuple[Tensor | None, Tensor | None]:
+def _matrices(linear: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+    """A and B in bf16, of an even rank; empty where the layer has no such adapter."""
     if not isinstance(linear, LoRALinear) or name not in linear.lora_A:
-        return None, None
-    return linear.lora_A[name], linear.lora_B[name]
+        return linear.weight.new_empty(0), linear.weight.new_empty(0)
+    a, b = linear.lora_A[name].detach().bfloat16(), linear.lora_B[name].detach().bfloat16()
+    return (pad(a, (0, 0, 0, 1)), pad(b, (0, 1))) if len(a) % 2 else (a, b)
 
 
 def _suits(stack: LeanStack) -> bool:
