@@ -1,4 +1,4 @@
-"""A whole step as one op: the model's own results, each row's bits its own, and only where the model is a plain stack."""
+"""A whole step as one op: the model's results, each row's bits its own, and only where the model is a plain stack."""
 
 import pytest
 import torch
@@ -101,13 +101,13 @@ def test_a_role_runs_through_its_adapter(rank, monkeypatch):
     lists, calls = prompts([9, 1, 14]), []
     own = torch.ops.rlhf_kernels.decoder_step
     found = {}
+    monkeypatch.setattr(torch.ops.rlhf_kernels, "decoder_step", lambda *a: calls.append(1) or own(*a))
     for role in ("actor", "reference"):
         forward = HydraForward(model, role)
-        monkeypatch.setattr(torch.ops.rlhf_kernels, "decoder_step", lambda *a: calls.append(role) or own(*a))
         with forward.prepared():
             calls.clear()
             got = Sequences(forward, lists).step(s0=9, s1=1, s2=14)
-        assert calls == [role]
+        assert calls == [1]
         want = Sequences(forward, lists).step(s0=9, s1=1, s2=14)  # the model's own modules
         found[role] = want[0]
         assert all(lean.relative_error(got[i], want[i]) < 2e-2 for i in range(3))

@@ -97,7 +97,10 @@ def everyones_logprobs(name: str) -> dict[bool, Found]:
     sequences = [given[r.prompt_index] + r.tokens for r in rollouts]
     heats = [params[r.prompt_index].temperature or 1.0 for r in rollouts]
     lengths, before = [len(s) for s in sequences], [len(s) - NEW for s in sequences]
-    flat, options = torch.tensor(sum(sequences, [])), {"prompt_lengths": before, "temperature": torch.tensor(heats)}
+    flat, options = (
+        torch.tensor([t for s in sequences for t in s]),
+        {"prompt_lengths": before, "temperature": torch.tensor(heats)},
+    )
     scores = hydra.score(flat, lengths, roles=("actor",), **options)["actor"].logprob.double().split(NEW)
     lm = build(name, torch.bfloat16)
     if name != "gemma2":  # its softcap needs the eager attention, whose two ways are bit-equal at this size
