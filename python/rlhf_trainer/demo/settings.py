@@ -84,7 +84,7 @@ TUNED: dict[str, dict[str, Any]] = {
         "kl_coef": 0.5,
         "rollout_batch_size": 24,
         "num_generations": 4,
-        "total_steps": 60,
+        "total_steps": 50,
     },
     # ranked by the reward less the KL: longer texts, and those that repeat, pay for it
     "raft": {
@@ -101,7 +101,7 @@ TUNED: dict[str, dict[str, Any]] = {
         "kl_coef": 0.35,
         "rollout_batch_size": 8,
         "num_generations": 16,
-        "total_steps": 80,
+        "total_steps": 70,
     },
     # pairs of the best and the worst sample; a goal of 3.3 nats a pair, for sentences of 17 tokens
     "inpo": ADAPTERS
