@@ -65,9 +65,16 @@ TUNED: dict[str, dict[str, Any]] = {
     "lora-ppo": ADAPTERS,
     "ppo": {"learning_rate": 3e-4, "kl_coef": 0.5, "total_steps": 60},
     # rewards of unit variance: the other penalties are in that unit too
-    "ppo-max": {"learning_rate": 3e-4, "kl_coef": 0.3, "missing_eos_penalty": 2.0, "critic_warmup_steps": 5},
+    "ppo-max": {
+        "learning_rate": 3e-4,
+        "kl_coef": 0.2,
+        "missing_eos_penalty": 2.0,
+        "critic_warmup_steps": 5,
+        "total_steps": 75,
+    },
     # no ratio, so one pass; one adapter serves policy and baseline
-    "pe-rlhf": ADAPTERS | {"num_ppo_epochs": 1, "vf_coef": 0.05, "total_steps": 80},
+    "pe-rlhf": ADAPTERS
+    | {"learning_rate": 2e-3, "num_ppo_epochs": 1, "kl_coef": 0.35, "vf_coef": 0.05, "total_steps": 80},
     "remax": {"learning_rate": 5e-4, "num_ppo_epochs": 1, "kl_coef": 0.45, "total_steps": 80},
     "reinforce": {"learning_rate": 5e-4, "num_ppo_epochs": 1, "kl_coef": 0.45, "total_steps": 75},
     # a prompt's samples share its prefill: fewer prompts, several samples each
