@@ -76,7 +76,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "pe-rlhf": ADAPTERS
     | {"learning_rate": 2e-3, "num_ppo_epochs": 1, "kl_coef": 0.35, "vf_coef": 0.05, "total_steps": 80},
     "remax": {"learning_rate": 5e-4, "num_ppo_epochs": 1, "kl_coef": 0.45, "total_steps": 80},
-    "reinforce": {"learning_rate": 5e-4, "num_ppo_epochs": 1, "kl_coef": 0.45, "total_steps": 75},
+    "reinforce": {"learning_rate": 5e-4, "num_ppo_epochs": 1, "kl_coef": 0.45, "total_steps": 65},
     # a prompt's samples share its prefill: fewer prompts, several samples each
     "rloo": {
         "learning_rate": 5e-4,
@@ -87,7 +87,14 @@ TUNED: dict[str, dict[str, Any]] = {
         "total_steps": 60,
     },
     # ranked by the reward less the KL: longer texts, and those that repeat, pay for it
-    "raft": ADAPTERS | {"num_ppo_epochs": 1, "num_generations": 5, "rollout_batch_size": 24, "kl_coef": 0.4},
+    "raft": {
+        "learning_rate": 3e-4,
+        "num_ppo_epochs": 1,
+        "kl_coef": 0.4,
+        "rollout_batch_size": 24,
+        "num_generations": 5,
+        "total_steps": 90,
+    },
     "superhf": ADAPTERS
     | {
         "num_ppo_epochs": 1,
