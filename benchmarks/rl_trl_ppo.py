@@ -32,6 +32,7 @@ class TokenReward(nn.Module):
     """What TRL expects of a reward model: a backbone by the name of `base_model_prefix`, and `score` of its states."""
 
     base_model_prefix = "backbone"
+    worth: Tensor
 
     def __init__(self, task: Task) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class TokenReward(nn.Module):
 def models(task: Task, directory: str) -> tuple[nn.Module, nn.Module]:
     """Policy and critic. A critic starts at zero, as ours does, and has fp32 adapters, as PEFT gives the policy."""
     dtype = getattr(torch, task.dtype)
-    lora = LoraConfig(r=task.rank, lora_alpha=task.alpha, lora_dropout=0.0, target_modules=list(LINEARS))
+    lora = LoraConfig(r=task.rank, lora_alpha=int(task.alpha), lora_dropout=0.0, target_modules=list(LINEARS))
     policy = get_peft_model(AutoModelForCausalLM.from_pretrained(directory, dtype=dtype), lora)
     critic = AutoModelForSequenceClassification.from_pretrained(directory, dtype=dtype, num_labels=1)
     critic.requires_grad_(False)

@@ -55,10 +55,10 @@ def main(gradient_checkpointing: bool = False) -> None:
     )
     taker = InTurns(turns, updates=task.epochs * task.mini_batches)
 
-    def noted(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    def noted(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         found = reward(prompts, completions)
         taker.reward = sum(found) / len(found)
-        return found
+        return [*found]
 
     trainer = RLOOTrainer(
         model=model,
@@ -67,7 +67,11 @@ def main(gradient_checkpointing: bool = False) -> None:
         train_dataset=Dataset.from_dict({"prompt": task.texts()}),
         processing_class=tokenizer,
         peft_config=LoraConfig(
-            r=task.rank, lora_alpha=task.alpha, lora_dropout=0.0, target_modules=list(LINEARS), task_type="CAUSAL_LM"
+            r=task.rank,
+            lora_alpha=int(task.alpha),
+            lora_dropout=0.0,
+            target_modules=list(LINEARS),
+            task_type="CAUSAL_LM",
         ),
         callbacks=[taker],
     )

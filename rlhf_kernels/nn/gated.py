@@ -71,7 +71,7 @@ def _forward(mlp: Any, x: Tensor) -> Tensor:
     def pack(kept: Tensor) -> "Tensor | _View":
         if kept.untyped_storage().data_ptr() != storage:
             return kept
-        return _View(*again, tuple(kept.shape), kept.stride(), kept.storage_offset())
+        return _View(*again, tuple(kept.shape), kept.stride(), int(kept.storage_offset()))
 
     with saved_tensors_hooks(pack, lambda kept: kept.product() if isinstance(kept, _View) else kept):
         return mlp.down_proj(product)
