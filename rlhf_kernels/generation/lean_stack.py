@@ -36,7 +36,7 @@ class LeanStack(Part):
 
     def begin(self) -> None:
         """Reads the parameters anew."""
-        owned = [own._parameters for own in self.linears]
+        owned: list[Any] = [own._parameters for own in self.linears]
         weights = [own["weight"] for own in owned]
         none = weights[0].new_empty(0)
         biases = [none if own["bias"] is None else own["bias"] for own in owned]
@@ -46,7 +46,8 @@ class LeanStack(Part):
             vectors += [none if norm is None else norm.module._parameters["weight"] for norm in norms]
         self._weights, self._vectors = weights, vectors
         self._biases = biases if any(bias.numel() for bias in biases) else []
-        self._ends = [self.norm.module._parameters["weight"], self.module._modules["lm_head"]._parameters["weight"]]
+        head: Any = self.module._modules["lm_head"]
+        self._ends = [self.norm.module._parameters["weight"], head._parameters["weight"]]
         self._embedding = self.decoder.embed_tokens._parameters["weight"]
         self._norms = [x for norm in (self.norm, self._head_norm()) for x in (norm.eps, norm.offset, norm.round_first)]
         options = [layer.attention.options for layer in self.layers]
@@ -120,7 +121,7 @@ def _linears(layer: LeanLayer) -> list[nn.Module]:
     return [attention._modules[n] for n in names] + [mlp._modules[n] for n in ("gate_proj", "up_proj", "down_proj")]
 
 
-def _matrices(linear: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+def _matrices(linear: Any, name: str) -> tuple[Tensor, Tensor]:
     """A and B in bf16, of an even rank; empty where the layer has no such adapter."""
     if not isinstance(linear, LoRALinear) or name not in linear.lora_A:
         return linear.weight.new_empty(0), linear.weight.new_empty(0)

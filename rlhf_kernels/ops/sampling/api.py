@@ -85,8 +85,7 @@ def sample_known(
     """`sample` of [n, V] for parameters that are known to be right: [n] each, of the types that `sample` converts to
     (temperature any float); a filter that is off is a number. Checking them would take as long as drawing."""
     if registry.choose("sample", logits) != "native":
-        filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
-        return sample(logits, temperature=temperature, greedy=greedy, **filters, **numbers)
+        return sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, greedy=greedy, **numbers)
     n = (len(logits),)
     heat = temperature.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     still = heat == 0
