@@ -122,9 +122,9 @@ def markdown(data: Data) -> str:
     )  # fmt: skip
     text = (
         f"The embedded 0.9M model with a random reward head, {len(LENGTHS)} sequences of {min(LENGTHS)} to "
-        f"{max(LENGTHS)} tokens. The off columns are the largest difference in logits, log-probabilities and rewards, in "
-        f"calls of all roles and of the roles without an adapter; the last column shows that the policy did move. `remax` has "
-        f"`lora_r` 16 here."
+        f"{max(LENGTHS)} tokens. The off columns are the largest difference in logits, log-probabilities and rewards, "
+        f"in calls of all roles and of the roles without an adapter; the last column shows that the policy did move. "
+        f"`remax` has `lora_r` 16 here."
     )
     return "\n\n".join([text, grid(names, rows)])
 

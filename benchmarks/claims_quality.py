@@ -31,7 +31,7 @@ def markdown(data: Data) -> str:
     text = (
         f"The demo task over {seeds} seeds, each with its own Hydra-SFT model (gold {told(first, 'gold_before')}): "
         f"mean and standard deviation over the seeds. Each method has the demo's own settings: learning rate, steps "
-        f"and weight of the penalty were tuned apart, so the table says what each can reach, not what one step is worth."
+        f"and weight of the penalty were tuned apart: the table says what each can reach, not what one step is worth."
     )
     return "\n\n".join([text, grid(names, rows)])
 

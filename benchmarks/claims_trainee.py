@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ class Training:
         offline = find(job.algorithm).data is not None
         self.config = with_defaults(self._config(folder, offline).validate())
         self.phase, self.policy = build_phase(self.config, find(job.algorithm), load_tokenizer(self.config))
-        self._step_optimizer = self.phase.optimizer.step
+        self._step_optimizer: Callable[..., dict[str, float]] = self.phase.optimizer.step
         self.phase.optimizer.step = self._counted  # type: ignore[method-assign]
 
     def _config(self, folder: str, offline: bool) -> Any:
@@ -171,10 +171,10 @@ class Training:
             "completion_tokens": metrics.get("completions/mean_length", float(self.shape.response)),
         }  # fmt: skip
 
-    def _counted(self) -> dict[str, float]:
+    def _counted(self, only: str | None = None) -> dict[str, float]:
         """The optimiser's step, and the bytes of weights, gradients and its state around it."""
         gradients = sum(p.grad.nbytes for p in self.policy.model.parameters() if p.grad is not None)
-        metrics = self._step_optimizer()
+        metrics = self._step_optimizer(only)
         weights = {p.data_ptr(): p.nbytes for p in self.policy.model.parameters()}
         state = sum(tensor.nbytes for tensor in self.phase.optimizer.state_tensors().values())
         self.static = gradients + sum(weights.values()) + state
