@@ -186,7 +186,7 @@ class Training:
 
         shape = self.shape
         wanted = {"bases": (shape.width, shape.inner), "adapters": (shape.rank, shape.inner)}
-        live = [t for t in gc.get_objects() if isinstance(t, Parameter)]
+        live = [t for t in gc.get_objects() if type(t) is Parameter]
         found = {k: {t.data_ptr() for t in live if tuple(t.shape) == v} for k, v in wanted.items()}
         return {name: len(storages) // shape.layers for name, storages in found.items()}
 
