@@ -15,6 +15,7 @@ from benchmarks.claims_trainee import PHASES, Trainee
 from benchmarks.tables import grid
 
 DTYPE = "bfloat16"
+ROUNDS = 3  # at most: a round of whole models is long
 PASSES = {REMAX_OWN: 1.0, "remax": 0.75}  # scoring passes over PPO's four
 METHODS = (("ppo", False), ("remax", True), ("remax", False))
 
@@ -29,15 +30,15 @@ def measure(scale: Scale, workshop: Workshop) -> Data:
             if not cap:
                 cap = max(trainee.steps(scale.whole_batch).peak_bytes for _ in range(2))
             trainee.steps(1)
-            batch, peaks = largest_batch(trainee, cap, 8 * scale.whole_batch)
+            batch, peaks = largest_batch(trainee, cap, scale.most)
         rows[job.name] = {"method": job.name, "batch": batch, "peaks": peaks}
     batches = {job: {scale.whole_batch, rows[job.name]["batch"]} - {0} for job in jobs}
-    taken = Crew(jobs, scale.together).seconds(batches, scale.rounds)
+    taken = Crew(jobs, scale.together).seconds(batches, min(ROUNDS, scale.rounds))
     for job in jobs:
         rows[job.name]["seconds"] = {str(batch): taken[job, batch] for batch in sorted(batches[job])}
     return {
         "rows": list(rows.values()), "cap": cap, "equal": scale.whole_batch, "shape": asdict(scale.whole),
-        "parameters": scale.parameters(scale.whole), "most": 8 * scale.whole_batch,
+        "parameters": scale.parameters(scale.whole), "most": scale.most,
     }  # fmt: skip
 
 

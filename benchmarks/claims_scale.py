@@ -9,6 +9,7 @@ import torch
 from benchmarks.claims_model import Shape
 from benchmarks.claims_trainee import Job, Trainee
 
+FEW = 6  # batches tried along the line
 WITH_ADAPTERS = ("lora-ppo", "j-hydra-ppo", "hydra-ppo")
 # What 80 GB are for each of Llama-7B's 6,738,415,616 parameters: the memory of the paper's GPU, for its model.
 A100_BYTES_A_PARAMETER = 80e9 / 6_738_415_616
@@ -40,7 +41,7 @@ class Scale:
     device: str = "cpu"
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     batch: int = 4
-    whole_batch: int = 8
+    whole_batch: int = 4
     rounds: int = 5
     most: int = 64
     cap_bytes_a_parameter: float = A100_BYTES_A_PARAMETER
@@ -108,7 +109,7 @@ class Crew:
         """(job, batch) -> a dict a round: `total` and each phase, seconds a sample."""
         found: dict[tuple[Job, int], list[dict[str, float]]] = {}
         groups = [self.jobs] if self.together else [[job] for job in self.jobs]
-        samples = 2 * max(max(sizes) for sizes in batches.values())  # of each in a round
+        samples = max(max(sizes) for sizes in batches.values())  # of each in a round, at least
         for group in groups:
             with ExitStack() as stack:
                 crew = {job: stack.enter_context(Trainee(job)) for job in group}
@@ -128,25 +129,33 @@ def _a_sample(seconds: list[float], phases: list[dict[str, float]], batch: int) 
 
 
 def largest_batch(trainee: Trainee, cap: int, most: int) -> tuple[int, dict[int, int]]:
-    """The largest batch, up to `most`, whose measured peak is within `cap` bytes (0: none), and all peaks measured."""
+    """The largest batch, up to `most`, whose measured peak is within `cap` bytes (0: none), and all peaks measured.
+
+    Peaks grow almost linearly, so the next batch tried is where the line through the last two would meet the cap; after
+    a few, and where there was no room at all, the middle.
+    """
     from benchmarks.claims_trainee import OutOfMemory
 
     peaks: dict[int, int] = {}
-
-    def fits(batch: int) -> bool:
+    low, high, batch = 0, most + 1, 1
+    while high - low > 1:
         try:
             peaks[batch] = trainee.steps(batch).peak_bytes
         except OutOfMemory:
-            return False
-        return peaks[batch] <= cap
-
-    if not fits(1):
-        return 0, peaks
-    low, high = 1, 2
-    while high <= most and fits(high):
-        low, high = high, 2 * high
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+            high = batch
+        else:
+            low, high = (batch, high) if peaks[batch] <= cap else (low, batch)
+        lined = len(peaks) < FEW and (high in peaks or high > most)
+        wanted = _meeting(peaks, cap) if lined else (low + high) // 2
+        batch = min(max(wanted, low + 1), high - 1, 4 * max(low, 1))
     return low, peaks
+
+
+def _meeting(peaks: dict[int, int], cap: int) -> int:
+    """Where the line through the two largest batches measured meets the cap; twice the last where there is no line."""
+    last = max(peaks)
+    if len(peaks) < 2:
+        return 2 * last
+    (low, below), (high, above) = sorted(peaks.items())[-2:]
+    each = (above - below) / (high - low)
+    return int(low + (cap - below) / each) if each > 0 else 2 * last

@@ -78,6 +78,7 @@ def test_the_largest_batch_is_the_last_that_fits(cap, room, expected):
     trainee = Peaks(100, 10, room)
     batch, peaks = largest_batch(trainee, cap, 64)
     assert batch == expected
+    assert len(trainee.asked) <= 9
     assert peaks == {b: 100 + 10 * b for b in trainee.asked if b <= room}
     assert len(trainee.asked) == len(set(trainee.asked))
 
@@ -185,7 +186,9 @@ def test_a_difference_of_one_bit_counts():
 def test_figures_go_between_the_markers_and_pictures_beside_the_page(tmp_path):
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
-    page.write_text("".join(f"prose\n<!-- {n}:begin -->\nformer figures\n<!-- {n}:end -->\n" for n in ("summary", *claims.PARTS)))
+    page.write_text(
+        "".join(f"prose\n<!-- {n}:begin -->\nformer figures\n<!-- {n}:end -->\n" for n in ("summary", *claims.PARTS))
+    )
     records = {
         name: Record(name, "cpu", "today", {}, {}, "abc", data=data, seconds=60)
         for name, data in (("memory", memory_data()), ("latency", latency_data()))
