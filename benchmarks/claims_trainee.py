@@ -40,6 +40,7 @@ class Job:
     reward_model: bool = False  # a reward model apart from the model
     adapters: bool = False  # rank of the shape; else the algorithm trains whole models
     threads: int = 1
+    exact: bool = False  # bytes are measured, at some cost in time
 
     @property
     def name(self) -> str:
@@ -48,8 +49,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Steps:
-    """What some steps took: bytes, and seconds of each step but those that were asked to be left out.
+    """What some steps took: bytes, and seconds of each step.
 
+    `passes_bytes`: what rollout, scoring, forward and backward took at most above weights and optimiser state;
+    `update_bytes`: what the optimiser's step took above static bytes (both 0 unless the job is exact).
     `bases`, `adapters`: copies counted in live tensors. `seconds`: processor time of one thread, wall time otherwise;
     of each phase its share of the wall time.
     """
@@ -57,6 +60,8 @@ class Steps:
     batch: int
     static_bytes: int
     peak_bytes: int
+    passes_bytes: int
+    update_bytes: int
     bases: int
     adapters: int
     seconds: list[float]
@@ -69,10 +74,10 @@ class OutOfMemory(RuntimeError):
 
 
 class Trainee:
-    """A process that trains `job`; `exact` measures bytes, at some cost in time."""
+    """A process that trains `job`; `exact` measures bytes."""
 
     def __init__(self, job: Job, exact: bool = False) -> None:
-        self.job = job
+        self.job = job = replace(job, exact=exact)
         command = [sys.executable, "-m", "benchmarks.claims_trainee", json.dumps(asdict(job))]
         environment = os.environ | {"OMP_NUM_THREADS": str(job.threads), "GOMP_SPINCOUNT": "0"}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python")])
@@ -123,7 +128,8 @@ class Training:
         from rlhf_trainer.core import build_phase
         from rlhf_trainer.models import load_tokenizer
 
-        self.job, self.shape, self.done, self.static = job, shape, 0, 0
+        self.job, self.shape, self.done, self.above = job, shape, 0, 0
+        self.static = self.peak = self.passes = self.update = 0
         offline = find(job.algorithm).data is not None
         self.config = with_defaults(self._config(folder, offline).validate())
         self.phase, self.policy = build_phase(self.config, find(job.algorithm), load_tokenizer(self.config))
@@ -156,6 +162,7 @@ class Training:
         )
         self.phase = replace(self.phase, config=config)
         memory.settle(self.job.device)
+        self.above, self.peak = above, 0
         seconds, phases, metrics = [], [], {}
         for _ in range(steps):
             cpu, wall = time.process_time(), time.perf_counter()
@@ -165,19 +172,29 @@ class Training:
             taken = cpu if self.job.threads == 1 and self.job.device == "cpu" else wall
             seconds.append(taken)
             phases.append({name: metrics.get(f"timing/{name}", 0.0) * taken / wall for name in PHASES})
+        peak = max(self.peak, memory.peak_bytes(self.job.device) - above)
         return {
-            "batch": batch, "static_bytes": self.static, "peak_bytes": memory.peak_bytes(self.job.device) - above,
-            "seconds": seconds, "phases": phases, **self._copies(),
+            "batch": batch, "static_bytes": self.static, "peak_bytes": peak, "passes_bytes": self.passes,
+            "update_bytes": self.update, **self._copies(), "seconds": seconds, "phases": phases,
             "completion_tokens": metrics.get("completions/mean_length", float(self.shape.response)),
         }  # fmt: skip
 
     def _counted(self, only: str | None = None) -> dict[str, float]:
         """The optimiser's step, and the bytes of weights, gradients and its state around it."""
+        from benchmarks import memory
+
         gradients = sum(p.grad.nbytes for p in self.policy.model.parameters() if p.grad is not None)
+        passes = memory.peak_bytes(self.job.device) - self.above
+        if self.job.exact:
+            memory.settle(self.job.device)
         metrics = self._step_optimizer(only)
         weights = {p.data_ptr(): p.nbytes for p in self.policy.model.parameters()}
         state = sum(tensor.nbytes for tensor in self.phase.optimizer.state_tensors().values())
         self.static = gradients + sum(weights.values()) + state
+        if self.job.exact:
+            update = memory.peak_bytes(self.job.device) - self.above
+            self.peak = max(self.peak, passes, update)
+            self.passes, self.update = passes - (self.static - gradients), update - self.static
         return metrics
 
     def _copies(self) -> dict[str, int]:
