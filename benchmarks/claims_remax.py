@@ -24,13 +24,15 @@ def measure(scale: Scale, workshop: Workshop) -> Data:
     """The cap is what PPO takes with `scale.whole_batch` sequences."""
     jobs = [workshop.job(a, scale.whole, DTYPE, own) for a, own in METHODS]
     rows: dict[str, Data] = {}
-    cap = 0
+    cap, sizes = 0, (1, scale.whole_batch)
     for job in jobs:
         with Trainee(job, exact=True) as trainee:
-            if not cap:
-                cap = max(trainee.steps(scale.whole_batch).peak_bytes for _ in range(2))
-            trainee.steps(1)
-            batch, peaks = largest_batch(trainee, cap, scale.most)
+            trainee.steps(1)  # makes the optimiser's state
+            if job.algorithm == "ppo":
+                batch, peaks = scale.whole_batch, {size: trainee.steps(size).peak_bytes for size in sizes}
+                cap = peaks[batch]
+            else:
+                batch, peaks = largest_batch(trainee, cap, scale.most)
         rows[job.name] = {"method": job.name, "batch": batch, "peaks": peaks}
     batches = {job: {scale.whole_batch, rows[job.name]["batch"]} - {0} for job in jobs}
     taken = Crew(jobs, scale.together).seconds(batches, min(ROUNDS, scale.rounds))
