@@ -126,8 +126,8 @@ def draw(data: Data, path: Path) -> None:
     rows = {row["method"]: row for row in data["rows"]}
     ppo = phases(rows["ppo"], data["equal"])
     columns = {"PPO": ppo}
-    for name, title in ((REMAX_OWN, "ReMax,\nown reward model"), ("remax", "ReMax,\nshared copy")):
-        columns[f"{title}\n(predicted)"] = predicted(ppo, PASSES[name])
+    for name, title in ((REMAX_OWN, "ReMax"), ("remax", "ReMax, one frozen copy")):
+        columns[f"{title}, predicted"] = predicted(ppo, PASSES[name])
         columns[title] = phases(rows[name], data["equal"])
     parts = {p: [1e3 * column[p] for column in columns.values()] for p in PHASES}
     bars([(f"{data['equal']} sequences", list(columns), parts)], "ms a sample", path)
