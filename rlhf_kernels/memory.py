@@ -150,7 +150,8 @@ def comparison(config_or_path: Any, algorithms: Iterable[str] = tuple(LAYOUTS), 
     unit = plans["hydra-ppo"].static if "hydra-ppo" in plans else None
     lines = []
     for name, one in plans.items():
-        copies, adapters = len(LAYOUTS[name].bases), len(LAYOUTS[name].adapters)
+        layout = LAYOUTS[name]
+        copies, adapters = len(layout.bases), len(layout.adapters + layout.frozen)
         line = [name, f"{copies} x {adapters}", format_bytes(one.static), f"{one.static / one.parameters:.2f}"]
         line += [f"{one.static / unit:.2f}x"] if unit else []
         line += ["~" + format_bytes(one.total)]
@@ -196,10 +197,12 @@ def _static_rows(
             yield _trained(base.role + " model", parameters, moments, idle)
         else:
             yield PlanRow(base.role + (" model" if base.role != "shared base" else ""), weights=_nbytes(parameters))
-    if layout.adapters:
+    if layout.adapters or layout.frozen:
         shapes = adapter_parameters(model, rank, target_modules)
         for adapter in layout.adapters:
             yield _trained(adapter + " adapter", shapes, moments, [])
+        for adapter in layout.frozen:
+            yield PlanRow(adapter + " adapter", weights=_nbytes(shapes))
     if layout.heads:
         yield _heads(layout, embeddings.weight.shape[1], moments)
 

@@ -14,7 +14,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which copies, adapters and scalar heads (name, trained) an algorithm holds.
+    """Which copies, adapters and scalar heads (name, trained) an algorithm holds; `frozen` adapters only as weights.
 
     `passes`: forward passes with gradients a sequence; `heads_lm` of them read the vocabulary. `rollout`: it generates.
     """
@@ -25,28 +25,42 @@ class Layout:
     passes: int = 1
     heads_lm: int = 1
     rollout: bool = True
+    frozen: tuple[str, ...] = ()
 
 
 _SHARED = (Base("shared base"),)
 _FOUR = (("value", True), ("critic's start", False), ("reward", False))
 _COPIES = (Base("reference"), Base("reward", scalar=True))
+_POLICY = Layout((Base("policy", trained=True), *_COPIES), (), (("reward", False),), 1)
+_PAIRS = Layout(_SHARED, ("actor",), (), 2, 2, rollout=False)
 
 LAYOUTS = {
     "sft": Layout((Base("policy", trained=True),), rollout=False),
     "reward": Layout((Base("reward", trained=True, scalar=True),), (), (("reward", True),), 2, 0, rollout=False),
     "hydra-sft": Layout((Base("policy", trained=True),), (), (("reward", True),), 2, 1, rollout=False),
+    "dpo": _PAIRS,
+    "r-dpo": _PAIRS,
     "ppo": Layout((Base("actor", True), Base("critic", True, scalar=True), *_COPIES), (), _FOUR, 2),
     "lora-ppo": Layout((Base("actor"), Base("critic", scalar=True), *_COPIES), ("actor", "critic"), _FOUR, 2),
     "j-hydra-ppo": Layout(_SHARED, ("joint",), (("value", True), ("reward", False)), 1),
     "hydra-ppo": Layout(_SHARED, ("actor", "critic"), (("value", True), ("reward", False)), 2),
-    "remax": Layout((Base("policy", trained=True), *_COPIES), (), (("reward", False),), 1),
+    "ppo-max": Layout((Base("actor", True), Base("critic", True, scalar=True), *_COPIES), (), _FOUR, 2),
+    "pe-rlhf": Layout(_SHARED, ("actor",), (("value", True), ("reward", False)), 1, frozen=("reward",)),
+    "remax": _POLICY,
+    "reinforce": _POLICY,
+    "rloo": _POLICY,
+    "raft": Layout((Base("policy", trained=True), Base("reward", scalar=True)), (), (("reward", False),), 1),
+    "superhf": Layout(_SHARED, ("actor",), (("reward", False),), 1),
+    "inpo": Layout(_SHARED, ("actor",), (("reward", False),), 1, frozen=("snapshot",)),
 }
 ALIASES = {"hydra": "hydra-ppo", "j-hydra": "j-hydra-ppo"}
 
 
 def without_reward_copy(layout: Layout) -> Layout:
-    """Without the frozen reward model. Its head goes too, unless it is the only one: that then reads the reference."""
+    """Without the frozen reward model. Its head goes too, unless it is the only one and can read the reference."""
     bases = tuple(b for b in layout.bases if b.role != "reward" or b.trained)
-    gone = len(bases) < len(layout.bases) and len(layout.heads) > 1
+    frozen = tuple(name for name in layout.frozen if name != "reward")
+    left = len(layout.heads) == 1 and any(not b.trained for b in bases)
+    gone = (bases, frozen) != (layout.bases, layout.frozen) and not left
     heads = tuple(h for h in layout.heads if not (gone and h[0] == "reward"))
-    return Layout(bases, layout.adapters, heads, layout.passes, layout.heads_lm, layout.rollout)
+    return Layout(bases, layout.adapters, heads, layout.passes, layout.heads_lm, layout.rollout, frozen)

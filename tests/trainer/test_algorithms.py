@@ -14,7 +14,7 @@ from rlhf_trainer import core
 from rlhf_trainer.algorithms import TABLE, find, with_defaults
 from rlhf_trainer.models import load_tokenizer
 
-ONLINE = ["ppo", "lora-ppo", "j-hydra-ppo", "hydra-ppo", "remax"]
+ONLINE = [name for name, row in TABLE.items() if row.data is None]
 SHAPED = {"missing_eos_penalty": 0.5, "reward_clip": 0.8, "temperature": 0.7, "kl_coef": 0.3}
 
 
@@ -28,19 +28,19 @@ def files(tmp_path_factory):
 
 
 class Run:
-    """A phase of the trainer about to take its first step, its weights moved so that nothing is zero."""
+    """A phase of the trainer about to take its first step, its weights `moved` so that nothing is zero."""
 
-    def __init__(self, directory: Path, algorithm: str, **changes):
+    def __init__(self, directory: Path, algorithm: str, moved: bool = True, **changes):
         self.config = with_defaults(tiny.config(directory, algorithm, **changes).validate())
         torch.manual_seed(0)
         self.tokenizer = load_tokenizer(self.config)
         self.phase, self.policy = core.build_phase(self.config, find(algorithm), self.tokenizer)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            for parameter in self.policy.trained.values():
+            for parameter in self.policy.trained.values() if moved else ():
                 parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
         self.rollout = None
-        if algorithm in ONLINE:
+        if find(algorithm).data is None:
             update = self.phase._update
 
             def spy(rollout, step):
@@ -243,7 +243,7 @@ def test_remax_advantages_have_the_papers_signs(mode):
 @pytest.mark.parametrize("algorithm", TABLE)
 def test_every_row_fills_all_defaults(algorithm):
     config = with_defaults(replace(core.TrainConfig(model="base"), algorithm=algorithm))
-    shaping = ("missing_eos_penalty", "reward_clip", "reward_model", "reward_batch_size")
+    shaping = ("missing_eos_penalty", "reward_clip", "advantage_clip", "reward_model", "reward_batch_size")
     shaping += ("prompts", "eval_prompts", "demonstrations", "max_active")
     empty = [name for name, value in vars(config).items() if value is None and name not in shaping]
     assert empty == []
@@ -251,7 +251,17 @@ def test_every_row_fills_all_defaults(algorithm):
 
 @pytest.mark.parametrize(
     ("algorithm", "copies", "adapters"),
-    [("ppo", 4, 0), ("lora-ppo", 4, 2), ("j-hydra-ppo", 1, 1), ("hydra-ppo", 1, 2), ("remax", 2, 0)],
+    [
+        ("ppo", 4, 0),
+        ("lora-ppo", 4, 2),
+        ("j-hydra-ppo", 1, 1),
+        ("hydra-ppo", 1, 2),
+        ("remax", 2, 0),
+        ("reinforce", 2, 0),
+        ("rloo", 2, 0),
+        ("raft", 2, 0),
+        ("superhf", 1, 1),
+    ],
 )
 def test_layouts_hold_as_many_bases_and_adapters_as_the_papers_say(algorithm, copies, adapters):
     layout = find(algorithm).layout(with_defaults(replace(core.TrainConfig(model="base"), algorithm=algorithm)))

@@ -9,8 +9,8 @@ and the reference is that base with the adapter off.
 """
 
 from rlhf_kernels import gae
-from rlhf_kernels.nn import HydraModel
-from rlhf_trainer.algorithms.base import Algorithm, Counts, Loss, State, one_policy
+from rlhf_trainer.algorithms.base import Algorithm, State, one_policy
+from rlhf_trainer.algorithms.reinforce import DEFAULTS, loss
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.rollout import Rollout
 
@@ -24,37 +24,13 @@ def advantages(rollout: Rollout, config: TrainConfig, state: State) -> None:
     rollout.advantages = penalty + gain.repeat_interleave(rollout.completion_lengths)
 
 
-def loss(model: HydraModel, batch: Rollout, counts: Counts, config: TrainConfig) -> Loss:
-    """Advantage-weighted log-likelihood of the sampled tokens."""
-    out = model(
-        batch.tokens,
-        batch.lengths,
-        roles=("actor",),
-        prompt_lengths=batch.prompt_lengths,
-        temperature=config.temperature,
-    )
-    logprobs = out["actor"].logprob
-    count = counts.sequences if config.loss == "sequence" else counts.tokens
-    value = -(batch.advantages * logprobs).sum() / count
-    return Loss(value, {"loss/policy_avg": value.detach()}, logprobs.detach())
-
-
 ROWS = (
     Algorithm(
         name="remax",
         layout=one_policy,
         trained=("actor",),
         loss=loss,
-        defaults={
-            "learning_rate": 1e-6,
-            "num_ppo_epochs": 1,
-            "kl_coef": 0.1,
-            "weight_decay": 0.1,
-            "adam_beta2": 0.95,
-            "lora_r": 0,
-            "lora_alpha": 32.0,
-            "vf_coef": 0.0,
-        },
+        defaults=DEFAULTS | {"kl_coef": 0.1, "weight_decay": 0.1, "adam_beta2": 0.95},
         scored=("actor", "reference"),
         advantages=advantages,
         greedy_baseline=True,
