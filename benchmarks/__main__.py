@@ -3,6 +3,7 @@
 python -m benchmarks lora --memory --json FILE     times, peak memory and targets (also: attention, gae, generation,
                                                    head, rl, sampling)
 python -m benchmarks numerics --write              errors against float64, into docs/kernels.md
+python -m benchmarks claims --write                the papers' claims, measured, into docs/reproduction.md
 python -m benchmarks table FILES --write           tables of result files, into benchmarks/README.md
 """
 
@@ -22,7 +23,7 @@ def main() -> None:
         os.environ["RLHF_KERNELS_CPU_ISA"] = args.isa  # before torch and its libraries look
         if args.isa in LIBRARY_ISA:
             os.environ["ONEDNN_MAX_CPU_ISA"] = LIBRARY_ISA[args.isa]
-    {"numerics": _numerics, "table": _table}.get(args.name, _benchmark)(args)
+    {"claims": _claims, "numerics": _numerics, "table": _table}.get(args.name, _benchmark)(args)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--peak-of", nargs=2, metavar=("CASE", "CONTESTANT"), help=argparse.SUPPRESS)
     numerics = commands.add_parser("numerics", help="errors against float64, ours beside each peer's")
     numerics.add_argument("--write", action="store_true", help="write the tables into docs/kernels.md")
+    claims = commands.add_parser("claims", help="the papers' claims, each measured with the trainer itself")
+    claims.add_argument("--scale", choices=("cpu", "h200", "tiny"), default="cpu", help="which models, on which device")
+    claims.add_argument("--only", metavar="PART", nargs="+", default=(), help="memory, exact, latency, remax, ...")
+    claims.add_argument("--write", action="store_true", help="keep the records and write docs/reproduction.md")
+    claims.add_argument("--again", action="store_true", help="measure nothing: tables of the records that are there")
     table = commands.add_parser("table", help="tables of result files")
     table.add_argument("files", nargs="*", type=Path)
     table.add_argument("--write", action="store_true", help="write the tables into benchmarks/README.md")
@@ -81,6 +87,12 @@ def _benchmark(args: argparse.Namespace) -> None:
 
 def _progress(result: object, case: str) -> None:
     print(f"timed: {case}", file=sys.stderr, flush=True)
+
+
+def _claims(args: argparse.Namespace) -> None:
+    from benchmarks import claims
+
+    claims.run(args.scale, args.only, args.write, args.again)
 
 
 def _numerics(args: argparse.Namespace) -> None:

@@ -119,13 +119,15 @@ def test_a_ppo_update_equals_the_reference(files, tmp_path, algorithm, shaping):
     assert_same(run.nets(tmp_path / "after"), before)
 
 
-@pytest.mark.parametrize("rank", [0, 4], ids=["whole", "adapter"])
+@pytest.mark.parametrize(
+    ("rank", "own"), [(0, False), (4, False), (0, True)], ids=["whole", "adapter", "own reward model"]
+)
 @pytest.mark.parametrize(
     ("mode", "loss"), [("cumulative", "sequence"), ("one-step", "token-mean")], ids=["cumulative", "one-step"]
 )
-def test_a_remax_update_equals_the_reference(files, tmp_path, mode, loss, rank):
-    out = str(tmp_path / "out")
-    run = Run(files, "remax", output_dir=out, kl_mode=mode, loss=loss, lora_r=rank, **SHAPED)
+def test_a_remax_update_equals_the_reference(files, tmp_path, mode, loss, rank, own):
+    out, settings = str(tmp_path / "out"), {"reward_model": str(files / "reward_model")} if own else {}
+    run = Run(files, "remax", output_dir=out, kl_mode=mode, loss=loss, lora_r=rank, **SHAPED, **settings)
     before = run.nets(tmp_path / "before")
     pairs = []
     score = run.phase.sampler.score

@@ -126,17 +126,18 @@ def one_policy(config: TrainConfig) -> Layout:
     """A policy, its reference and the reward model; no critic.
 
     With `lora_r` > 0 an adapter on one base, which without it is the other two; else a whole trained base beside one
-    frozen copy, which serves both heads.
+    frozen copy, which serves both heads. A `reward_model` of its own is one copy more.
     """
-    if config.lora_r:
-        roles = {"actor": Role("actor", "lm"), "reference": Role(None, "lm"), "reward": Role(None, "reward")}
-        return Layout(roles, adapters=("actor",))
+    frozen = "base" if config.lora_r else "reference"
+    bases: dict[str, Source] = {} if config.lora_r else {"reference": "model"}
     roles = {
-        "actor": Role(None, "lm"),
-        "reference": Role(None, "lm", "reference"),
-        "reward": Role(None, "reward", "reference"),
+        "actor": Role("actor" if config.lora_r else None, "lm"),
+        "reference": Role(None, "lm", frozen),
+        "reward": Role(None, "reward", "reward" if config.reward_model else frozen),
     }
-    return Layout(roles, bases={"reference": "model"}, trained_bases=("base",))
+    if config.reward_model:
+        bases["reward"] = "reward_model"
+    return Layout(roles, ("actor",) if config.lora_r else (), bases, () if config.lora_r else ("base",))
 
 
 def best(values: Tensor, config: TrainConfig) -> Tensor:
