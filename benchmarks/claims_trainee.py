@@ -129,6 +129,7 @@ class Training:
         from rlhf_trainer.models import load_tokenizer
 
         self.job, self.shape, self.done, self.above = job, shape, 0, 0
+        self.earlier = _live_parameters()  # of models that are gone for us, if not yet for the collector
         self.static = self.peak = self.passes = self.update = 0
         offline = find(job.algorithm).data is not None
         self.config = with_defaults(self._config(folder, offline).validate())
@@ -199,13 +200,18 @@ class Training:
 
     def _copies(self) -> dict[str, int]:
         """Live parameters shaped as the decoder's down projection, and as an adapter's A on it, over the layers."""
-        from torch.nn import Parameter
-
         shape = self.shape
         wanted = {"bases": (shape.width, shape.inner), "adapters": (shape.rank, shape.inner)}
-        live = [t for t in gc.get_objects() if type(t) is Parameter]
+        live = [t for t in _live_parameters().values() if id(t) not in self.earlier]
         found = {k: {t.data_ptr() for t in live if tuple(t.shape) == v} for k, v in wanted.items()}
         return {name: len(storages) // shape.layers for name, storages in found.items()}
+
+
+def _live_parameters() -> dict[int, Any]:
+    """Every Parameter there is, by its id."""
+    from torch.nn import Parameter
+
+    return {id(t): t for t in gc.get_objects() if type(t) is Parameter}
 
 
 def job_of(text: str) -> Job:
