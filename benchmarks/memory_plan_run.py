@@ -1,0 +1,200 @@
+"""One training run of the real trainer in this process, whose live bytes are counted: what a memory plan is held against.
+
+    LD_PRELOAD=live_bytes.so python -m benchmarks.memory_plan_run '{"algorithm": ..., "size": ..., ...}'
+
+The measure is exact: `live_bytes.c` stands before malloc and counts what is live, in our kernels, the libraries and
+torch alike. A first run of a tiny model loads code and makes threads, so that they are on nobody's bill. Peaks are taken
+for each phase of a step (rollout, scoring, forward and backward, optimiser), over all steps but the first, whose
+optimiser has no state yet.
+"""
+
+import ctypes
+import gc
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+WORDS = "the value of this object is a list of names that the module reads before it calls the function again "
+SIZES = {  # hidden, intermediate, layers, heads, kv heads, vocabulary; about 1, 10 and 60 million parameters
+    "tiny": (64, 176, 2, 4, 2, 1024),
+    "1M": (128, 344, 4, 4, 2, 1024),
+    "10M": (320, 864, 6, 5, 5, 4096),
+    "60M": (640, 1728, 9, 10, 5, 16384),
+}
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """One run. Tokens are of each prompt and completion; `batch` is a micro-batch, two of which make a minibatch."""
+
+    algorithm: str
+    size: str
+    dtype: str = "float32"
+    checkpointing: bool = False
+    batch: int = 4
+    prompt: int = 64
+    response: int = 64
+    lora_rank: int = 16
+
+
+class Meter:
+    """The live bytes of malloc above what was live when it was made, and their peaks by phase."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(None)
+        for name in ("live_bytes", "peak_bytes"):
+            getattr(self._library, name).restype = ctypes.c_long
+        gc.collect()
+        self.start = self._library.live_bytes()
+        self.peaks: dict[str, int] = {}
+        self.on = True
+
+    def phase(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, whose peak counts as that of `name`."""
+
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            self._library.reset_peak()
+            result = function(*args, **kwargs)
+            if self.on:
+                self.peaks[name] = max(self.peaks.get(name, 0), self._library.peak_bytes() - self.start)
+            return result
+
+        return measured
+
+
+def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """Any function will do."""
+    return [float(len(text) % 7) for text in completions]
+
+
+def make_model(size: str, dtype: str, folder: Path) -> str:
+    """A random Llama of that size on disk, with the demo's tokenizer.
+
+    It is kept in the other dtype: weights in their own would stay mapped from the file, out of the allocator's sight.
+    """
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from rlhf_trainer.demo import checkpoint_path
+
+    place = folder / size
+    hidden, inner, layers, heads, kv_heads, vocabulary = SIZES[size]
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=1024, bos_token_id=None,
+        eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    other = torch.bfloat16 if dtype == "float32" else torch.float32
+    LlamaForCausalLM(config).to(other).save_pretrained(place)
+    AutoTokenizer.from_pretrained(checkpoint_path()).save_pretrained(place)
+    return str(place)
+
+
+def make_data(folder: Path, tokens: int, rows: int = 16) -> str:
+    """Prompts, demonstrations and preferences in one file, all longer than they are cut to."""
+    file = folder / "data.jsonl"
+    words = WORDS.split()
+    lines = []
+    for i in range(rows):
+        text, other = (" ".join((words * (2 + tokens // len(words)))[j : j + tokens]) for j in (i, i + 1))
+        lines.append(json.dumps({"prompt": text, "completion": text, "chosen": text, "rejected": other}))
+    file.write_text("\n".join(lines))
+    return str(file)
+
+
+def settings(work: Work, folder: Path) -> dict[str, Any]:
+    """The configuration of a run: two micro-batches a minibatch, two minibatches a rollout."""
+    from rlhf_trainer.algorithms import find
+
+    row = find(work.algorithm)
+    values: dict[str, Any] = {
+        "algorithm": work.algorithm,
+        "model": make_model(work.size, work.dtype, folder),
+        "prompts": make_data(folder, max(work.prompt, work.response) + 8),
+        "output_dir": str(folder / "out"),
+        "dtype": work.dtype,
+        "gradient_checkpointing": work.checkpointing,
+        "per_device_train_batch_size": work.batch,
+        "gradient_accumulation_steps": 2,
+        "max_prompt_length": work.prompt,
+        "max_completion_length": work.response,
+        "total_steps": STEPS,
+        "save_steps": 0,
+        "report": False,
+    }
+    if row.defaults.get("lora_r"):
+        values |= {"lora_r": work.lora_rank}
+    if row.data is None:
+        values |= {
+            "rollout_batch_size": 4 * work.batch,
+            "num_mini_batches": 2,
+            "num_ppo_epochs": 1,
+            "kv_memory": "8MiB" if work.size != "60M" else "32MiB",
+            "reward": ["benchmarks.memory_plan_run:reward"],
+        }
+    return values
+
+
+def run(work: Work, folder: Path) -> dict[str, Any]:
+    """Trains; returns static bytes of live tensors and the peak of each phase."""
+    from rlhf_trainer.algorithms import find, with_defaults
+    from rlhf_trainer.config import TrainConfig
+    from rlhf_trainer.core import build_phase
+    from rlhf_trainer.models import load_tokenizer
+
+    config = with_defaults(TrainConfig(**settings(work, folder)).validate())
+    tokenizer = load_tokenizer(config)
+    meter = Meter()
+    phase, policy = build_phase(config, find(config.algorithm), tokenizer)
+    found = {"static": 0}
+    optimizer = phase.optimizer
+    step = meter.phase("optimizer", optimizer.step)
+
+    def stepped() -> dict[str, float]:
+        update_ends(meter)
+        gradients = sum(p.grad.nbytes for p in policy.trained.values() if p.grad is not None)
+        metrics = step()
+        state = sum(t.nbytes for t in optimizer.state_tensors().values())
+        found["static"] = gradients + sum(p.nbytes for p in policy.model.parameters()) + state
+        meter._library.reset_peak()
+        return metrics
+
+    optimizer.step = stepped
+    if hasattr(phase, "_sample"):
+        phase._sample = meter.phase("rollout", phase._sample)
+        phase._score = meter.phase("scoring", phase._score)
+    for number in range(STEPS):
+        meter.on = number > 0
+        meter._library.reset_peak()
+        phase.step(number)
+    return found | {"peaks": meter.peaks, "config": config}
+
+
+def update_ends(meter: Meter) -> None:
+    if meter.on:
+        peak = meter._library.peak_bytes() - meter.start
+        meter.peaks["update"] = max(meter.peaks.get("update", 0), peak)
+
+
+def main() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    work = Work(**json.loads(sys.argv[1]))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        run(Work(work.algorithm, "tiny", work.dtype, work.checkpointing, 2, 8, 8), folder)
+        found = run(work, folder)
+    print(json.dumps({"static": found["static"], "peaks": found["peaks"]}))
+
+
+if __name__ == "__main__":
+    main()
