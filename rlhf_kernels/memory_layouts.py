@@ -30,6 +30,7 @@ class Layout:
 _SHARED = (Base("shared base"),)
 _FOUR = (("value", True), ("critic's start", False), ("reward", False))
 _COPIES = (Base("reference"), Base("reward", scalar=True))
+_POLICY = Layout((Base("policy", trained=True), *_COPIES), (), (("reward", False),), 1)
 
 LAYOUTS = {
     "sft": Layout((Base("policy", trained=True),), rollout=False),
@@ -39,14 +40,19 @@ LAYOUTS = {
     "lora-ppo": Layout((Base("actor"), Base("critic", scalar=True), *_COPIES), ("actor", "critic"), _FOUR, 2),
     "j-hydra-ppo": Layout(_SHARED, ("joint",), (("value", True), ("reward", False)), 1),
     "hydra-ppo": Layout(_SHARED, ("actor", "critic"), (("value", True), ("reward", False)), 2),
-    "remax": Layout((Base("policy", trained=True), *_COPIES), (), (("reward", False),), 1),
+    "remax": _POLICY,
+    "reinforce": _POLICY,
+    "rloo": _POLICY,
+    "raft": Layout((Base("policy", trained=True), Base("reward", scalar=True)), (), (("reward", False),), 1),
+    "superhf": Layout(_SHARED, ("actor",), (("reward", False),), 1),
 }
 ALIASES = {"hydra": "hydra-ppo", "j-hydra": "j-hydra-ppo"}
 
 
 def without_reward_copy(layout: Layout) -> Layout:
-    """Without the frozen reward model. Its head goes too, unless it is the only one: that then reads the reference."""
+    """Without the frozen reward model. Its head goes too, unless it is the only one and can read the reference."""
     bases = tuple(b for b in layout.bases if b.role != "reward" or b.trained)
-    gone = len(bases) < len(layout.bases) and len(layout.heads) > 1
+    left = len(layout.heads) == 1 and any(not b.trained for b in bases)
+    gone = len(bases) < len(layout.bases) and not left
     heads = tuple(h for h in layout.heads if not (gone and h[0] == "reward"))
     return Layout(bases, layout.adapters, heads, layout.passes, layout.heads_lm, layout.rollout)

@@ -12,27 +12,21 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .config import ALGORITHMS, GROUPS, TrainConfig, config_parser, read_yaml
+from .config import GROUPS, TrainConfig, config_parser, read_yaml
 from .errors import UserError, one_line
+from .names import ALGORITHMS, SAMPLING, SUPERVISED
 from .options import build_parser, check_ranges, help_text, nearest, option, parse_flags
 
 ALIASES = {"output": "output_dir"}
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes: a usage error, and 128 + SIGINT
 
-OVERVIEW = """\
+OVERVIEW = f"""\
 usage: rlhf-train ALGORITHM [--config FILE.yaml] [--option value ...]
        rlhf-train plan [--model PATH] [--algorithm NAME] [--batch N] ...
        rlhf-train demo [--algorithm NAME] ...
 
 ALGORITHM
-  sft           cross-entropy on demonstrations
-  reward        a reward head on preference pairs
-  hydra-sft     both at once, two heads on one model
-  ppo           PPO: four models, two of them trained
-  lora-ppo      PPO with adapters on four models
-  j-hydra-ppo   one base, one adapter for actor and critic
-  hydra-ppo     one base, an adapter each for actor and critic
-  remax         policy gradient with a greedy baseline, no critic
+{chr(10).join(f"  {name:12}  {summary}" for name, summary in (SUPERVISED | SAMPLING).items())}
 
   plan          the bytes each of them needs, before anything is allocated
   demo          train the embedded model on the embedded data

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from .errors import UserError, one_line
+from .names import ALGORITHMS, ONLINE
 from .options import build_parser, check_ranges, option, typed
 
-ALGORITHMS = ("sft", "reward", "hydra-sft", "ppo", "lora-ppo", "j-hydra-ppo", "hydra-ppo", "remax")
-ONLINE = ("ppo", "lora-ppo", "j-hydra-ppo", "hydra-ppo", "remax")  # those that generate and need a reward
+REWARD_MODEL = ("ppo", "lora-ppo", "ppo-max", "pe-rlhf")  # those that read a checkpoint of its own for the reward
 KL_ESTIMATORS = (
     "kl",
     "clamped_kl",
@@ -46,10 +46,14 @@ class TrainConfig:
     algorithm: str = option("hydra-ppo", "what to run", choices=ALGORITHMS)
     model: str = option("demo", "directory in transformers' format, hub id, or demo: the embedded checkpoint")
     reward_model: str | None = option(
-        None, "for ppo and lora-ppo: checkpoint with a reward head; default: the model's own"
+        None, f"for {', '.join(REWARD_MODEL)}: checkpoint with a reward head; default: the model's own"
     )
     prompts: str | None = option(None, "JSONL file or `datasets` name; may be left out with the demo model only")
     eval_prompts: str | None = option(None, "held-out prompts, same format")
+    demonstrations: str | None = option(
+        None, "online algorithms: rows whose cross-entropy is added to every update, as sft's prompts"
+    )
+    ptx_coef: float = option(1.0, "its weight", least=0)
     prompt_column: str = option("prompt", "name of the prompt's column")
     reward: list[str] = option(
         [],
@@ -63,7 +67,7 @@ class TrainConfig:
     device: str = option("cpu", "cpu, cuda or cuda:N")
 
     # adapters
-    lora_r: int | None = option(None, "rank; 0: no adapters, sft, reward and remax train the whole base", least=0)
+    lora_r: int | None = option(None, "rank; 0: no adapters, the whole base is trained", least=0)
     lora_alpha: float | None = option(None, "scaling is alpha / r", above=0)
     lora_target_modules: str = option("all-linear", "all-linear (of the decoder layers) or names separated by commas")
 
@@ -74,6 +78,7 @@ class TrainConfig:
     num_mini_batches: int = option(1, "optimiser steps an epoch over one rollout", least=1)
     gradient_accumulation_steps: int = option(1, "sft and reward: micro-batches an optimiser step", least=1)
     num_ppo_epochs: int | None = option(None, "passes over one rollout", least=1)
+    critic_warmup_steps: int = option(0, "first steps in which only the critic is updated", least=0)
     learning_rate: float | None = option(None, "peak learning rate", above=0)
     critic_learning_rate: float | None = option(None, "default: learning_rate", above=0)
     lr_scheduler_type: str = option("constant", "after the warm-up", choices=("constant", "linear", "cosine"))
@@ -95,7 +100,7 @@ class TrainConfig:
     top_k: int = option(0, "0: off", least=0)
     top_p: float = option(1.0, "1: off", above=0, most=1)
     min_p: float = option(0.0, "0: off", least=0, most=1)
-    num_generations: int = option(1, "samples a prompt", least=1)
+    num_generations: int | None = option(None, "samples a prompt", least=1)
     kv_memory: str | int = option("512MiB", "bytes of the KV arena, such as 536870912, 512MiB or 2GiB")
     slice_tokens: int = option(16, "tokens a KV slice", least=1)
     max_active: int | None = option(None, "most sequences decoded at once; default: as many as fit", least=1)
@@ -113,7 +118,12 @@ class TrainConfig:
     kl_mode: str = option(
         "cumulative", "remax: the divergence from here on, or this token's", choices=("cumulative", "one-step")
     )
-    loss: str = option("sequence", "remax: mean over sequences or over tokens", choices=("sequence", "token-mean"))
+    loss: str = option(
+        "sequence", "policy gradients: mean over sequences or over tokens", choices=("sequence", "token-mean")
+    )
+    baseline_decay: float = option(
+        1.0, "reinforce: an earlier step's weight in the baseline falls by this; 1: the mean of all", above=0, most=1
+    )
     missing_eos_penalty: float | None = option(None, "taken off the score of a completion that does not end", least=0)
     reward_clip: float | None = option(None, "scores are clipped to [-c, c]", above=0)
     whiten_rewards: bool = option(False, "per-token rewards to unit variance")
@@ -192,7 +202,7 @@ def check_combinations(config: TrainConfig) -> None:
     _check_device(config.device)
     _check_kv_memory(config.kv_memory)
     _check_trackers(config.report_to)
-    for key in ("model", "reward_model", "prompts", "eval_prompts"):
+    for key in ("model", "reward_model", "prompts", "eval_prompts", "demonstrations"):
         _check_path(key, getattr(config, key))
     if config.prompts is None and config.model != "demo":
         raise UserError("prompts: needed (a JSONL file or a `datasets` name) with any model other than demo")
@@ -202,10 +212,12 @@ def check_combinations(config: TrainConfig) -> None:
         )
     if config.reward and config.algorithm not in ONLINE:
         raise UserError(f"reward: {config.algorithm} scores nothing; it is for {', '.join(ONLINE)}")
+    if config.demonstrations and config.algorithm not in ONLINE:
+        raise UserError(f"demonstrations: {config.algorithm} learns from prompts alone; it is for {', '.join(ONLINE)}")
     if config.reward and config.reward_model:
         raise UserError("reward and reward_model: give one of them")
-    if config.reward_model and config.algorithm not in ("ppo", "lora-ppo"):
-        raise UserError(f"reward_model: {config.algorithm} has one base; it is for ppo and lora-ppo")
+    if config.reward_model and config.algorithm not in REWARD_MODEL:
+        raise UserError(f"reward_model: {config.algorithm} has one base; it is for {', '.join(REWARD_MODEL)}")
     if config.algorithm in ONLINE and config.rollout_batch_size < config.num_mini_batches:
         raise UserError(
             f"num_mini_batches: {config.num_mini_batches} cannot be cut from "

@@ -24,7 +24,8 @@ from rlhf_trainer.models import Policy, build, load_tokenizer
 from rlhf_trainer.offline import Offline
 from rlhf_trainer.online import Online
 from rlhf_trainer.optim import Optimizer
-from rlhf_trainer.rewards import RewardError, build_rewards
+from rlhf_trainer.rewards import RewardError, RewardSum, build_rewards
+from rlhf_trainer.sampler import Sampler
 
 # What may change between a run and its resumption; any other difference would make the loss curves differ (so does
 # another total_steps under a schedule that ends with the run, but a run is lengthened on purpose).
@@ -79,7 +80,7 @@ def train(config: TrainConfig) -> TrainResult:
     with _writing(output_dir):
         log = MetricsLog(output_dir, config, resume_step=start or None)
     if isinstance(phase, Online):
-        phase.progress = log.completed
+        phase.sampler.progress = log.completed
     history: list[dict[str, float]] = []
     try:
         if start == 0:
@@ -151,21 +152,24 @@ def build_phase(config: TrainConfig, row: Algorithm, tokenizer: Any) -> tuple[On
         return Offline(policy.model, row, config, Optimizer(policy.groups, config, config.total_steps), rows), policy
     prompts = load_prompts(config, tokenizer)
     eval_prompts = load_prompts(config, tokenizer, "eval_prompts")
+    demonstrations = load_demonstrations(config, tokenizer, "demonstrations") if config.demonstrations else []
     rewards = build_rewards(config)
     policy = build(config, row)
     updates = config.total_steps * (config.num_ppo_epochs or 1) * config.num_mini_batches
-    phase = Online(
+    optimizer = Optimizer(policy.groups, config, updates)
+    sampler = build_sampler(config, policy, tokenizer, rewards)
+    return Online(policy.model, row, config, optimizer, sampler, prompts, eval_prompts, demonstrations), policy
+
+
+def build_sampler(config: TrainConfig, policy: Policy, tokenizer: Any, rewards: RewardSum | None) -> Sampler:
+    """What samples by the policy's actor; rewards None: the policy's reward head."""
+    return Sampler(
         policy.model,
-        row,
         config,
-        Optimizer(policy.groups, config, updates),
-        prompts,
-        eval_prompts,
         rewards,
         lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
         () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,),
     )
-    return phase, policy
 
 
 def _check_device(device: str) -> None:
@@ -196,7 +200,7 @@ def _check_output(output_dir: Path, config: TrainConfig) -> None:
 
 def _save(output_dir: Path, step: int, phase: Online | Offline, policy: Policy) -> None:
     state = {"updates": phase.optimizer.updates, "phase": phase.state(), "config": asdict(phase.config)}
-    found = checkpoint.Checkpoint(step, dict(policy.trained), phase.optimizer.state_tensors(), state)
+    found = checkpoint.Checkpoint(step, dict(policy.kept), phase.optimizer.state_tensors(), state)
     with _writing(output_dir):
         checkpoint.save(output_dir, found, phase.config.save_total_limit)
 
@@ -215,7 +219,7 @@ def _writing(output_dir: Path) -> Iterator[None]:
 def _restore(found: checkpoint.Checkpoint, phase: Online | Offline, policy: Policy) -> None:
     """Puts the checkpoint's state back."""
     with torch.no_grad():
-        for name, parameter in policy.trained.items():
+        for name, parameter in policy.kept.items():
             parameter.copy_(found.model[name])
     phase.optimizer.load_state_tensors(found.optimizer, found.state["updates"])
     phase.load_state(found.state["phase"])

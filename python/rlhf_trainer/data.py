@@ -118,9 +118,9 @@ def load_preferences(config: TrainConfig, tokenizer: Any) -> list[Preference]:
     return pairs
 
 
-def load_demonstrations(config: TrainConfig, tokenizer: Any) -> list[Demonstration]:
+def load_demonstrations(config: TrainConfig, tokenizer: Any, which: str = "prompts") -> list[Demonstration]:
     """Rows with `prompt` and `completion`, with `text` alone (then the prompt is empty), or with `messages`."""
-    source = _source(config, "prompts", "demonstrations")
+    source = _source(config, which, "demonstrations")
     assert source is not None
     rows = Rows(source, config)
     result: list[Demonstration] = []

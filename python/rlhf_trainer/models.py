@@ -12,7 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from rlhf_kernels.integrations.peft_layout import CONFIG as ADAPTER_CONFIG
+from rlhf_kernels.integrations.peft_layout import load_adapter, read_spec
 from rlhf_kernels.nn import HydraModel, LoraSpec
+from rlhf_kernels.nn.disk import load_heads
 from rlhf_trainer import checkpoint
 from rlhf_trainer.algorithms import Algorithm, Layout
 from rlhf_trainer.config import TrainConfig
@@ -24,12 +27,16 @@ HEADS_FILE = "heads.safetensors"
 
 @dataclass
 class Policy:
-    """The models of a run; `trained`: the trained parameters by their names; `groups`: with learning rates."""
+    """The models of a run; `trained`: the trained parameters by their names; `groups`: with learning rates.
+
+    kept: what a checkpoint holds: `trained`, and the snapshots.
+    """
 
     model: HydraModel
     layout: Layout
     trained: dict[str, nn.Parameter]
     groups: dict[str, tuple[float, dict[str, nn.Parameter]]]
+    kept: dict[str, nn.Parameter]
 
     def export(self, output_dir: Path, tokenizer: Any) -> None:
         """The result for other programs: PEFT adapters or checkpoints (the policy's at the top), heads, tokenizer."""
@@ -37,6 +44,8 @@ class Policy:
         def write(directory: Path) -> None:
             if self.layout.adapters:
                 self.model.save_pretrained(str(directory))
+            for name in (*self.layout.loaded, *self.layout.snapshots):  # not results of this run
+                shutil.rmtree(directory / name, ignore_errors=True)
             for role, spec in self.layout.roles.items():
                 if spec.base not in self.layout.trained_bases:
                     continue
@@ -80,14 +89,15 @@ def build(config: TrainConfig, row: Algorithm) -> Policy:
     """Loads the bases, attaches adapters, starts the critic's head from the reward head, and groups what is trained."""
     layout = row.layout(config)
     sources = {"model": config.model, "reward_model": config.reward_model or config.model}
-    if config.reward_model:
+    if config.reward_model and "reward_model" in layout.bases.values():
         _check_source("reward_model", config.reward_model)
     _check_reward_head(config, layout, sources)
     _check_rank(config, layout)
     targets: Any = config.lora_target_modules
     if targets != "all-linear":
         targets = [name.strip() for name in targets.split(",")]
-    adapters = {name: LoraSpec(r=config.lora_r or 0, alpha=config.lora_alpha or 0.0) for name in layout.adapters}
+    saved = {name: Path(resolve(sources[source])) for name, source in layout.loaded.items()}
+    adapters = {name: _spec(name, config, layout, saved) for name in layout.adapters}
     model = _loading(
         "model",
         config.model,
@@ -102,6 +112,8 @@ def build(config: TrainConfig, row: Algorithm) -> Policy:
             device=config.device,
         ),
     )
+    for name, directory in saved.items():
+        _load_adapter(model, name, directory)
     if layout.head_start is not None:
         _start_critic(model, layout.head_start, _has_reward_head(resolve(sources[layout.head_source])))
     if config.gradient_checkpointing:
@@ -111,7 +123,40 @@ def build(config: TrainConfig, row: Algorithm) -> Policy:
     kept = {id(parameter) for parameter in trained.values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in kept)
-    return Policy(model, layout, trained, groups)
+    return Policy(model, layout, trained, groups, trained | _snapshots(model, layout))
+
+
+def _spec(name: str, config: TrainConfig, layout: Layout, saved: dict[str, Path]) -> LoraSpec:
+    """An adapter's rank, scaling and layers: the configuration's, or those it has in the run that left it."""
+    if name not in saved:
+        return LoraSpec(r=config.lora_r or 0, alpha=config.lora_alpha or 0.0)
+    if not (saved[name] / name / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{layout.loaded[name]}: {str(saved[name])!r} holds no adapter {name!r}; "
+            "it must be the output_dir of a run with lora_r > 0 that trained one"
+        )
+    return read_spec(saved[name] / name)
+
+
+def _load_adapter(model: HydraModel, name: str, directory: Path) -> None:
+    """Adapter `name` of a finished run, and the heads of the roles that use it."""
+    load_adapter(model.decoder(model.base_of(name)), name, directory / name)
+    if (directory / HEADS_FILE).is_file():
+        mine = {role.head_key for role in model.roles.values() if role.adapter == name}
+        heads = {role_head: head for role_head, head in model.linear_heads().items() if role_head in mine}
+        load_heads(heads, directory / HEADS_FILE)
+
+
+def _snapshots(model: HydraModel, layout: Layout) -> dict[str, nn.Parameter]:
+    """The parameters of the layout's snapshots by their names: those of an adapter, or a base's own."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: dict[str, nn.Parameter] = {}
+    for name, role in layout.roles.items():
+        if role.adapter in layout.snapshots:
+            found |= {names[id(p)]: p for p in model.trainable_parameters(name)}
+        elif role.adapter is None and role.base in layout.snapshots:
+            found |= {names[id(p)]: p for p in model.base_model(name).parameters()}
+    return found
 
 
 def _groups(model: HydraModel, row: Algorithm, config: TrainConfig) -> dict[str, tuple[float, dict[str, nn.Parameter]]]:
@@ -140,8 +185,9 @@ def _check_reward_head(config: TrainConfig, layout: Layout, sources: dict[str, s
     """Rewards that nobody trained are an error, not noise."""
     if config.reward or "reward" not in layout.roles or config.algorithm in ("reward", "hydra-sft"):
         return
-    base = layout.roles["reward"].base
-    path = resolve(sources[layout.bases.get(base, "model")])
+    role = layout.roles["reward"]
+    source = layout.loaded.get(role.adapter or "") or layout.bases.get(role.base, "model")
+    path = resolve(sources[source])
     if not _has_reward_head(path):
         raise UserError(
             f"reward: {path!r} has no reward head ({HEADS_FILE}); give --reward pkg.mod:function, "

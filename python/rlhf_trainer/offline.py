@@ -1,6 +1,7 @@
 """One step of the algorithms that learn from a file: micro-batches of a batch, then one optimiser step."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,30 +27,13 @@ class Offline:
     def __post_init__(self) -> None:
         batch = self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
         self.order = BatchOrder(len(self.rows), batch, self.config.seed)
-        self._check_rows()
-
-    def _check_rows(self) -> None:
-        """Finds tokens and lengths that the model has no embedding for before the run writes anything."""
-        base = self.model.base_model(self.row.trained[0])
-        vocabulary = len(base.get_input_embeddings().weight)  # type: ignore[arg-type]
-        positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-        for row in self.rows:
-            for sequence in _sequences(row):
-                if max(sequence) >= vocabulary:
-                    raise UserError(
-                        f"model: its tokenizer made token {max(sequence)}; its vocabulary is 0 to {vocabulary - 1}"
-                    )
-                if positions is not None and len(sequence) > positions:
-                    raise UserError(
-                        f"prompts: a row has {len(sequence)} tokens, above the model's max_position_embeddings of "
-                        f"{positions}; a smaller max_prompt_length or max_completion_length cuts it"
-                    )
+        check_rows(self.rows, self.model.base_model(self.row.trained[0]))
 
     def step(self, step: int) -> dict[str, float]:
         """Step number `step` (from 0); returns its metrics."""
         started = time.perf_counter()
         batch = [self.rows[i] for i in self.order.at(step)]
-        tokens = sum(_completion_tokens(row) for row in batch)
+        tokens = sum(completion_tokens(row) for row in batch)
         counts = Counts(float(tokens), float(len(batch)))
         totals: dict[str, float] = {}
         size = self.config.per_device_train_batch_size
@@ -73,13 +57,30 @@ class Offline:
         """The inverse of `state`."""
 
 
+def check_rows(rows: Sequence[Any], base: Any) -> None:
+    """UserError for tokens and lengths that transformers model `base` has no embedding for."""
+    vocabulary = len(base.get_input_embeddings().weight)
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    for row in rows:
+        for sequence in _sequences(row):
+            if max(sequence) >= vocabulary:
+                raise UserError(
+                    f"model: its tokenizer made token {max(sequence)}; its vocabulary is 0 to {vocabulary - 1}"
+                )
+            if positions is not None and len(sequence) > positions:
+                raise UserError(
+                    f"prompts: a row has {len(sequence)} tokens, above the model's max_position_embeddings of "
+                    f"{positions}; a smaller max_prompt_length or max_completion_length cuts it"
+                )
+
+
 def _sequences(row: Any) -> list[list[int]]:
     """Prompt and completion in one list, for each completion of a row."""
     ends = [row.completion] if isinstance(row, Demonstration) else [row.chosen, row.rejected]
     return [row.prompt + end for end in ends]
 
 
-def _completion_tokens(row: Any) -> int:
+def completion_tokens(row: Any) -> int:
     """Tokens that carry cross-entropy: without a prompt the first one has nothing to be predicted from."""
     completion = row.completion if isinstance(row, Demonstration) else row.chosen
     return len(completion) if row.prompt else len(completion) - 1

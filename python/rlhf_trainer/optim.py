@@ -36,10 +36,10 @@ class Optimizer:
         self.config, self.total_updates, self.updates = config, total_updates, 0
         self.parameters: dict[str, nn.Parameter] = {}
         self.masters: dict[str, Tensor] = {}  # what AdamW steps: the parameter itself where it is fp32
-        self._clipped: list[list[nn.Parameter]] = []
+        self._clipped: dict[str, list[nn.Parameter]] = {}
         self._rates: list[float] = []
         adam_groups: list[dict[str, Any]] = []
-        for rate, parameters in groups.values():
+        for group, (rate, parameters) in groups.items():
             for decays in (True, False):
                 masters = []
                 for name, parameter in parameters.items():
@@ -53,7 +53,7 @@ class Optimizer:
                     adam_groups.append({"params": masters, "lr": rate, "weight_decay": weight_decay})
                     self._rates.append(rate)
             self.parameters.update(parameters)
-            self._clipped.append(list(parameters.values()))
+            self._clipped[group] = list(parameters.values())
         betas = (config.adam_beta1, config.adam_beta2 if config.adam_beta2 is not None else 0.999)
         self.adam = torch.optim.AdamW(adam_groups, betas=betas, eps=config.adam_epsilon, foreach=True)
 
@@ -61,13 +61,18 @@ class Optimizer:
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def step(self) -> dict[str, float]:
+    def step(self, only: str | None = None) -> dict[str, float]:
         """One clipped step at the scheduled rate; gradients are gone after it. Returns `lr` and `grad_norm`.
 
+        only: the one group that moves; the others keep their weights and moments.
         Raises FloatingPointError, leaving the weights as they were, for a gradient that is not finite.
         """
         squares = 0.0
-        for group in self._clipped:
+        for name, group in self._clipped.items():
+            if only is not None and name != only:
+                for parameter in group:
+                    parameter.grad = None
+                continue
             limit = self.config.max_grad_norm if self.config.max_grad_norm > 0 else math.inf
             squares += float(nn.utils.clip_grad_norm_(group, limit)) ** 2
         if not math.isfinite(squares):

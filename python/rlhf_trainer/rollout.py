@@ -22,6 +22,7 @@ PER_TOKEN = (
     "captured",
     "logprobs",
     "ref_logprobs",
+    "snapshot_logprobs",
     "values",
     "entropies",
     "divergences",
@@ -70,6 +71,7 @@ class Rollout(Packed):
     baselines: Tensor  # [N] score of the same prompt's greedy completion; zeros without one
     logprobs: Tensor = UNFILLED
     ref_logprobs: Tensor = UNFILLED
+    snapshot_logprobs: Tensor = UNFILLED
     values: Tensor = UNFILLED
     entropies: Tensor = UNFILLED
     divergences: Tensor = UNFILLED  # exact KL or JS over the vocabulary, when the estimator asks for it
@@ -120,7 +122,7 @@ def sampling_params(config: TrainConfig, end_tokens: Sequence[int] = (), **chang
         "top_k": config.top_k,
         "top_p": config.top_p,
         "min_p": config.min_p,
-        "n": config.num_generations,
+        "n": config.num_generations or 1,
         "stop_token_ids": tuple(dict.fromkeys((*config.stop_token_ids, *end_tokens))),
         "seed": config.seed,
     }
@@ -172,6 +174,7 @@ def _gather(prompts: list[list[int]], rows: list, device: torch.device) -> Rollo
 _READ = {
     "actor": {"logprobs": "logprob", "entropies": "entropy"},
     "reference": {"ref_logprobs": "logprob"},
+    "snapshot": {"snapshot_logprobs": "logprob"},
     "critic": {"values": "value"},
     "reward": {"scores": "reward"},
 }

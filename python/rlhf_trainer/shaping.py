@@ -54,9 +54,15 @@ def shape_scores(scores: Tensor, finished: Tensor, config: TrainConfig) -> Tenso
 
 
 def shape_rewards(rollout: "Rollout", kl_coef: float, config: TrainConfig) -> None:
-    """Fills `penalties` and `rewards` from logprobs and scores; the score is added at each last real token."""
-    d = penalty(config.kl_estimator, rollout.logprobs, rollout.ref_logprobs, rollout.divergences)
-    rollout.penalties = -kl_coef * d
+    """Fills `penalties` and `rewards` from logprobs and scores; the score is added at each last real token.
+
+    Without a reference there is nothing to be penalised for.
+    """
+    if rollout.ref_logprobs.numel():
+        d = penalty(config.kl_estimator, rollout.logprobs, rollout.ref_logprobs, rollout.divergences)
+        rollout.penalties = -kl_coef * d
+    else:
+        rollout.penalties = torch.zeros_like(rollout.logprobs)
     rollout.rewards = rollout.penalties.clone()
     rollout.rewards[rollout.completion_lengths.cumsum(0) - 1] += rollout.scores
 

@@ -128,13 +128,13 @@ def test_a_remax_update_equals_the_reference(files, tmp_path, mode, loss, rank):
     run = Run(files, "remax", output_dir=out, kl_mode=mode, loss=loss, lora_r=rank, **SHAPED)
     before = run.nets(tmp_path / "before")
     pairs = []
-    score = run.phase._score
+    score = run.phase.sampler.score
 
     def spy(rollout, greedy, *rest, **options):
+        score(rollout, greedy, *rest, **options)
         pairs.append((copy.deepcopy(rollout), copy.deepcopy(greedy)))
-        return score(rollout, greedy, *rest, **options)
 
-    run.phase._score = spy
+    run.phase.sampler.score = spy
     metrics = run.phase.step(0)
     sampled, greedy = pairs[0]
     finished = sampled.finished, greedy.finished
@@ -233,7 +233,7 @@ def test_remax_advantages_have_the_papers_signs(mode):
         scores=torch.tensor([5.0, 0.0]),
         baselines=torch.tensor([2.0, 1.0]),
     )
-    remax.advantages(rollout, TrainConfig(kl_mode=mode))
+    remax.advantages(rollout, TrainConfig(kl_mode=mode), {})
     expected = {"cumulative": [2.3, 2.4, 2.6, -2.0], "one-step": [2.9, 2.8, 2.6, -2.0]}[mode]
     torch.testing.assert_close(rollout.advantages, torch.tensor(expected))
 
@@ -242,7 +242,7 @@ def test_remax_advantages_have_the_papers_signs(mode):
 def test_every_row_fills_all_defaults(algorithm):
     config = with_defaults(replace(core.TrainConfig(model="base"), algorithm=algorithm))
     shaping = ("missing_eos_penalty", "reward_clip", "reward_model", "reward_batch_size")
-    shaping += ("prompts", "eval_prompts", "max_active")
+    shaping += ("prompts", "eval_prompts", "demonstrations", "max_active")
     empty = [name for name, value in vars(config).items() if value is None and name not in shaping]
     assert empty == []
 

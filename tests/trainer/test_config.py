@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from rlhf_trainer.config import ALGORITHMS, TrainConfig
+from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.names import ALGORITHMS
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

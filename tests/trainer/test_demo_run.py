@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from rlhf_trainer.config import ONLINE
 from rlhf_trainer.demo import run, settings
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.names import ONLINE
 
 
 @pytest.mark.parametrize(

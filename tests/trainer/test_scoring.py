@@ -58,9 +58,9 @@ def test_a_reward_that_fails_stops_the_rollout_and_gives_its_memory_back(tmp_pat
     with pytest.raises(RewardError, match="not a finite number"):
         train(tiny.config(tmp_path, reward=["tiny_rewards:length"], **early))
     (phase,) = made
-    assert phase.generator.stats.steps > 0
-    assert phase.generator.stats.generated_tokens < 6 * 4 * 8 / 2
-    assert not phase.generator._arena.held
+    assert phase.sampler.generator.stats.steps > 0
+    assert phase.sampler.generator.stats.generated_tokens < 6 * 4 * 8 / 2
+    assert not phase.sampler.generator._arena.held
 
 
 def test_the_rollout_shows_how_far_it_is(tmp_path, rewards, monkeypatch):
@@ -74,7 +74,7 @@ def test_the_arena_sleeps_between_rollouts_and_updates(tmp_path, rewards, monkey
     held = []
     update = Online._update
     monkeypatch.setattr(
-        Online, "_update", lambda self, *a: (held.append(self.generator._arena.held), update(self, *a))[1]
+        Online, "_update", lambda self, *a: (held.append(self.sampler.generator._arena.held), update(self, *a))[1]
     )
     woken = []
     stream = SlicedGenerator.stream

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from rlhf_trainer import TrainConfig
+from rlhf_trainer.names import ONLINE
 
 WORDS = [
     f"{a}{b}" for a in ("ka", "lo", "mi", "nu", "pe", "ro", "su", "ta") for b in ("ban", "dor", "fel", "gim", "hul")
@@ -71,7 +72,7 @@ def preferences(path: Path, count: int = 12) -> str:
 def config(directory: Path, algorithm: str = "hydra-ppo", **changes: Any) -> TrainConfig:
     """A run of a few seconds on the tiny model; files are made in `directory` when they are not there yet."""
     directory.mkdir(parents=True, exist_ok=True)
-    model, online = directory / "model", algorithm not in ("sft", "reward", "hydra-sft")
+    model, online = directory / "model", algorithm in ONLINE
     if not model.exists():
         checkpoint(model)
     data = directory / ("prompts.jsonl" if online else "preferences.jsonl")

@@ -31,7 +31,6 @@ def _layout(config: TrainConfig) -> Layout:
 ROWS = (
     Algorithm(
         name="hydra-sft",
-        summary="LM head and reward head on one trained base",
         layout=_layout,
         trained=("actor", "reward"),
         loss=loss,

@@ -12,12 +12,12 @@ import torch
 
 from rlhf_kernels import gae, masked_whiten
 from rlhf_kernels.nn import HydraModel, Role
-from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss, Source
+from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss, Source, State
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.rollout import Rollout
 
 
-def advantages(rollout: Rollout, config: TrainConfig) -> None:
+def advantages(rollout: Rollout, config: TrainConfig, state: State) -> None:
     """GAE over each completion, whose last token is terminal; whitening is over all tokens of the rollout."""
     rewards = rollout.rewards
     if config.whiten_rewards:
@@ -122,10 +122,9 @@ _DEFAULTS = {
 _RANK = {"lora_r": 128, "lora_alpha": 128.0}
 
 
-def _row(name: str, summary: str, layout, defaults) -> Algorithm:
+def _row(name: str, layout, defaults) -> Algorithm:
     return Algorithm(
         name=name,
-        summary=summary,
         layout=layout,
         trained=("actor", "critic"),
         loss=loss,
@@ -136,8 +135,8 @@ def _row(name: str, summary: str, layout, defaults) -> Algorithm:
 
 
 ROWS = (
-    _row("ppo", "four full models, actor and critic trained", _full, _DEFAULTS | {"lora_r": 0, "lora_alpha": 32.0}),
-    _row("lora-ppo", "four frozen bases, adapters on actor and critic", _lora, _DEFAULTS | _RANK),
-    _row("j-hydra-ppo", "one base, one adapter for actor and critic", _joint, _DEFAULTS | _RANK),
-    _row("hydra-ppo", "one base, an adapter each for actor and critic", _hydra, _DEFAULTS | _RANK),
+    _row("ppo", _full, _DEFAULTS | {"lora_r": 0, "lora_alpha": 32.0}),  # four full models, actor and critic trained
+    _row("lora-ppo", _lora, _DEFAULTS | _RANK),  # four frozen bases, adapters on actor and critic
+    _row("j-hydra-ppo", _joint, _DEFAULTS | _RANK),  # one base, one adapter for actor and critic
+    _row("hydra-ppo", _hydra, _DEFAULTS | _RANK),  # one base, an adapter each for actor and critic
 )

@@ -9,13 +9,13 @@ and the reference is that base with the adapter off.
 """
 
 from rlhf_kernels import gae
-from rlhf_kernels.nn import HydraModel, Role
-from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss
+from rlhf_trainer.algorithms.base import Algorithm, State, one_policy
+from rlhf_trainer.algorithms.reinforce import DEFAULTS, loss
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.rollout import Rollout
 
 
-def advantages(rollout: Rollout, config: TrainConfig) -> None:
+def advantages(rollout: Rollout, config: TrainConfig, state: State) -> None:
     """Reward above the greedy completion's, less the KL penalty from each token on."""
     penalty = rollout.penalties
     if config.kl_mode == "cumulative":  # sum over s >= t: GAE with gamma = lambda = 1 and no values
@@ -24,50 +24,13 @@ def advantages(rollout: Rollout, config: TrainConfig) -> None:
     rollout.advantages = penalty + gain.repeat_interleave(rollout.completion_lengths)
 
 
-def loss(model: HydraModel, batch: Rollout, counts: Counts, config: TrainConfig) -> Loss:
-    """Advantage-weighted log-likelihood of the sampled tokens."""
-    out = model(
-        batch.tokens,
-        batch.lengths,
-        roles=("actor",),
-        prompt_lengths=batch.prompt_lengths,
-        temperature=config.temperature,
-    )
-    logprobs = out["actor"].logprob
-    count = counts.sequences if config.loss == "sequence" else counts.tokens
-    value = -(batch.advantages * logprobs).sum() / count
-    return Loss(value, {"loss/policy_avg": value.detach()}, logprobs.detach())
-
-
-def _layout(config: TrainConfig) -> Layout:
-    if config.lora_r:
-        roles = {"actor": Role("actor", "lm"), "reference": Role(None, "lm"), "reward": Role(None, "reward")}
-        return Layout(roles, adapters=("actor",))
-    roles = {
-        "actor": Role(None, "lm"),
-        "reference": Role(None, "lm", "reference"),
-        "reward": Role(None, "reward", "reference"),  # one frozen copy serves both heads
-    }
-    return Layout(roles, bases={"reference": "model"}, trained_bases=("base",))
-
-
 ROWS = (
     Algorithm(
         name="remax",
-        summary="policy gradient with a greedy baseline, no critic",
-        layout=_layout,
+        layout=one_policy,
         trained=("actor",),
         loss=loss,
-        defaults={
-            "learning_rate": 1e-6,
-            "num_ppo_epochs": 1,
-            "kl_coef": 0.1,
-            "weight_decay": 0.1,
-            "adam_beta2": 0.95,
-            "lora_r": 0,
-            "lora_alpha": 32.0,
-            "vf_coef": 0.0,
-        },
+        defaults=DEFAULTS | {"kl_coef": 0.1, "weight_decay": 0.1, "adam_beta2": 0.95},
         scored=("actor", "reference"),
         advantages=advantages,
         greedy_baseline=True,

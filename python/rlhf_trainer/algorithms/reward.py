@@ -40,7 +40,6 @@ def _layout(config: TrainConfig) -> Layout:
 ROWS = (
     Algorithm(
         name="reward",
-        summary="a reward head (and base) on preference pairs",
         layout=_layout,
         trained=("reward",),
         loss=loss,

@@ -25,7 +25,6 @@ def _layout(config: TrainConfig) -> Layout:
 ROWS = (
     Algorithm(
         name="sft",
-        summary="cross-entropy on demonstrations",
         layout=_layout,
         trained=("actor",),
         loss=loss,

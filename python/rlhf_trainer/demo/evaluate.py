@@ -71,11 +71,11 @@ def load_sft(base: Path) -> HydraModel:
     return HydraModel.from_pretrained(base, roles=roles, dtype=torch.float32)
 
 
-def load_policy(algorithm: str, base: Path, output_dir: Path) -> HydraModel:
+def load_policy(base: Path, output_dir: Path) -> HydraModel:
     """The policy that a run left in `output_dir`: a whole model, or an adapter on `base`."""
-    if algorithm in ("ppo", "remax"):
+    if (output_dir / "config.json").is_file():
         return HydraModel.from_pretrained(output_dir, roles={"actor": Role(None, "lm")}, dtype=torch.float32)
-    name = "joint" if algorithm == "j-hydra-ppo" else "actor"
+    name = "joint" if (output_dir / "joint").is_dir() else "actor"
     spec = LoraSpec(r=ADAPTERS["lora_r"], alpha=ADAPTERS["lora_alpha"])
     model = HydraModel.from_pretrained(base, {name: spec}, {"actor": Role(name, "lm")}, dtype=torch.float32)
     model.load_adapters(output_dir)

@@ -67,9 +67,9 @@ def run_steps(algorithm: str, base: Path, steps: int) -> tuple[dict[str, Any], A
     found: dict[str, Any] = {"static": 0, "seconds": [], "length": 0.0}
     step_optimizer = phase.optimizer.step
 
-    def stepped() -> dict[str, float]:
+    def stepped(only: str | None = None) -> dict[str, float]:
         gradients = sum(nbytes(p.grad) for p in policy.model.parameters() if p.grad is not None)
-        metrics = step_optimizer()
+        metrics = step_optimizer(only)
         weights = {p.data_ptr(): nbytes(p) for p in policy.model.parameters()}
         state = sum(nbytes(t) for t in tensors(phase.optimizer.adam.state))
         found["static"] = max(found["static"], gradients + sum(weights.values()) + state)

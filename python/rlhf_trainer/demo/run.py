@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rlhf_trainer.config import ONLINE
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.names import ONLINE
 from rlhf_trainer.options import nearest
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def train_policy(
     train(settings.online(algorithm, base, output, seed, **changes))
     tokenizer, prompts, sft = AutoTokenizer.from_pretrained(base), evaluate.held_out_prompts(), evaluate.load_sft(base)
     before = evaluate.sample(sft, sft, tokenizer, prompts)
-    after = evaluate.sample(evaluate.load_policy(algorithm, base, output), sft, tokenizer, prompts)
+    after = evaluate.sample(evaluate.load_policy(base, output), sft, tokenizer, prompts)
     return before, after, evaluate.compare(before, after)
 
 

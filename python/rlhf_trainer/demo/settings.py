@@ -6,8 +6,9 @@ The tiny model wants learning rates a thousand times those of a 7B model; the re
 from pathlib import Path
 from typing import Any
 
-from rlhf_trainer.config import ONLINE, TrainConfig
+from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.demo import data_path
+from rlhf_trainer.names import ONLINE
 
 MAX_COMPLETION = 40  # tokens; 8 of 100 sentences of the checkpoint are longer
 EVAL_PROMPTS = 256
@@ -43,7 +44,17 @@ TUNED: dict[str, dict[str, Any]] = {
     "j-hydra-ppo": ADAPTERS | {"vf_coef": 0.05, "kl_coef": 0.43, "total_steps": 75},
     "lora-ppo": ADAPTERS,
     "ppo": {"learning_rate": 3e-4, "kl_coef": 0.5, "total_steps": 60},
+    "ppo-max": {"learning_rate": 3e-4, "kl_coef": 0.5, "total_steps": 60},
+    # a reward model that is an adapter
+    "pe-rlhf": ADAPTERS,
     "remax": {"learning_rate": 5e-4, "num_ppo_epochs": 1, "kl_coef": 0.45, "total_steps": 80},
+    # a prompt's samples share its prefill: fewer prompts, several samples each
+    "reinforce": {"learning_rate": 5e-4, "num_ppo_epochs": 1, "kl_coef": 0.45},
+    "rloo": ADAPTERS | {"num_ppo_epochs": 1, "rollout_batch_size": 32, "num_generations": 4, "kl_coef": 0.3},
+    "raft": ADAPTERS | {"num_ppo_epochs": 1, "num_generations": 5, "kl_coef": 0.0},
+    "superhf": ADAPTERS | {"num_ppo_epochs": 1, "rollout_batch_size": 32, "num_generations": 16, "kl_coef": 0.35},
+    # pairs of the best and the worst sample
+    "inpo": ADAPTERS | {"num_ppo_epochs": 1, "rollout_batch_size": 32, "num_generations": 8},
 }
 assert set(TUNED) == set(ONLINE)
 

@@ -1,0 +1,146 @@
+"""Completions with scores: the policy samples them, models read them, rewards judge them; to train or to evaluate."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rlhf_kernels.generation import KVBudgetError, SamplingParams, SlicedGenerator
+from rlhf_kernels.generation import Rollout as GeneratedRollout
+from rlhf_kernels.nn import HydraModel
+from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.data import Prompt
+from rlhf_trainer.errors import UserError, one_line
+from rlhf_trainer.rewards import RewardSum
+from rlhf_trainer.rollout import Rollout, completions, read, sample, sampling_params
+from rlhf_trainer.scoring import EarlyScores, score
+from rlhf_trainer.shaping import EXACT
+
+EVAL_SEED = 1_000_003  # added to the seed of evaluations, so that their draws are not those of training
+
+
+@dataclass
+class Sampler:
+    """A model that samples by its role "actor", and what scores the samples."""
+
+    model: HydraModel
+    config: TrainConfig
+    rewards: RewardSum | None  # None: the model's reward head
+    decode: Callable[[list[int]], str]
+    end_tokens: tuple[int, ...] = ()  # besides the model's own end-of-sequence tokens
+    progress: Callable[[int, int], None] = lambda done, total: None  # of a rollout: completions done, and of how many
+    samples: list[dict[str, Any]] = field(default_factory=list)  # the first completions of the last rollout shown
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.generator = SlicedGenerator(
+            self.model, config.kv_memory, slice_tokens=config.slice_tokens, max_active=config.max_active
+        )
+
+    def params(self, **changes: Any) -> SamplingParams:
+        """The configuration's sampling, with `changes`."""
+        return sampling_params(self.config, self.end_tokens, **changes)
+
+    def check(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
+        """Finds a KV budget, a length or a token that cannot work before the run writes anything."""
+        longest = max(prompts, key=lambda prompt: len(prompt.tokens))
+        try:
+            self.generator.stream([longest.tokens], params, role="actor")  # checks now; generates when it is read
+        except ValueError as error:
+            name = "kv_memory" if isinstance(error, KVBudgetError) else "prompts"
+            raise UserError(f"{name}: {one_line(error)}") from error
+
+    def sample(
+        self, prompts: Sequence[Prompt], params: SamplingParams, streams: list[int]
+    ) -> tuple[Rollout, Rollout | None, EarlyScores | None]:
+        """The rollout, with the scores of rewards that are called while it runs; shows how far it is."""
+        size, early, total, done = self.config.reward_batch_size, None, len(prompts) * params.rollouts, 0
+        if self.rewards is not None and size is not None:
+            early = EarlyScores(self.rewards, prompts, self.decode, params.rollouts, size)
+
+        def finished(row: GeneratedRollout) -> None:
+            nonlocal done
+            done += 1
+            self.progress(done, total)
+            if early is not None:
+                early.add(row)
+
+        tokens = [prompt.tokens for prompt in prompts]
+        return *sample(self.generator, tokens, params, streams, self.model.device, finished), early
+
+    def score(
+        self,
+        rollout: Rollout,
+        greedy: Rollout | None,
+        prompts: Sequence[Prompt],
+        roles: Sequence[str],
+        estimator: str = "kl",
+        early: EarlyScores | None = None,
+    ) -> None:
+        """Runs models and rewards over the rollout; leaves raw scores in it and in the greedy one.
+
+        roles: those that read the rollout, as far as the model has them. estimator: of the divergence, see `shaping`.
+        """
+        roles = tuple(role for role in roles if role in self.model.roles)
+        if self.rewards is None:
+            roles = (*roles, "reward")
+            if greedy is not None:
+                read(self.model, greedy, ("reward",), self.config)
+        elif early is not None:
+            _fill_scores([rollout] if greedy is None else [rollout, greedy], early, self.model.device)
+        else:
+            self._call_rewards([rollout] if greedy is None else [rollout, greedy], prompts)
+        read(self.model, rollout, roles, self.config, EXACT.get(estimator) if "reference" in roles else None)
+
+    def evaluate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """Reward, KL and length on held-out prompts, sampled with the same draws every time; {} without any."""
+        if not prompts:
+            return {}
+        params = self.params(n=1, seed=self.config.seed + EVAL_SEED)
+        rollout, _, early = self.sample(prompts, params, list(range(len(prompts))))
+        self.score(rollout, None, prompts, ("actor", "reference"), early=early)
+        self.show(rollout, rollout.scores, prompts)
+        metrics = {
+            "eval/reward": float(rollout.scores.mean()),
+            "eval/reward_std": float(rollout.scores.std(correction=0)),
+            "eval/mean_length": float(rollout.completion_lengths.float().mean()),
+        }
+        if rollout.ref_logprobs.numel():
+            metrics["eval/kl"] = float(rollout.per_sequence(rollout.logprobs - rollout.ref_logprobs).mean())
+        return metrics
+
+    def show(self, rollout: Rollout, raw: torch.Tensor, prompts: Sequence[Prompt]) -> None:
+        """Keeps the first completions as `samples`, with their raw scores."""
+        shown = rollout.select(torch.arange(min(self.config.num_sample_completions, len(rollout)), device=raw.device))
+        self.samples = [
+            {"prompt": prompts[i].text, "completion": text, "reward": score, "length": length}
+            for i, text, score, length in zip(
+                shown.prompt_index.tolist(),
+                completions(shown, self.decode),
+                raw.tolist(),
+                shown.completion_lengths.tolist(),
+            )
+        ]
+
+    def _call_rewards(self, rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> None:
+        """One call of the reward functions for all completions; fills the rollouts' scores."""
+        assert self.rewards is not None
+        rows = [prompts[i] for rollout in rollouts for i in rollout.prompt_index.tolist()]
+        texts = [text for rollout in rollouts for text in completions(rollout, self.decode)]
+        scores = torch.tensor(score(self.rewards, rows, texts), device=self.model.device)
+        for rollout, part in zip(rollouts, scores.float().split([len(rollout) for rollout in rollouts])):
+            rollout.scores = part
+
+
+def _fill_scores(rollouts: Sequence[Rollout], early: EarlyScores, device: torch.device) -> None:
+    """The scores that are there already; a prompt's samples come first, its greedy completion after them."""
+    first = 0
+    for rollout in rollouts:
+        seen: dict[int, int] = {}
+        values = []
+        for prompt in rollout.prompt_index.tolist():
+            values.append(early.scores[prompt, first + seen.setdefault(prompt, 0)])
+            seen[prompt] += 1
+        first += max(seen.values(), default=0)
+        rollout.scores = torch.tensor(values, dtype=torch.float32, device=device)
