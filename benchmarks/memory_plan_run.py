@@ -156,23 +156,25 @@ def run(work: Work, folder: Path) -> dict[str, Any]:
     optimizer = phase.optimizer
     step = meter.phase("optimizer", optimizer.step)
 
-    def stepped() -> dict[str, float]:
+    def stepped(*only: Any) -> dict[str, float]:
         update_ends(meter)
         gradients = sum(p.grad.nbytes for p in policy.trained.values() if p.grad is not None)
-        metrics = step()
+        metrics = step(*only)
         state = sum(t.nbytes for t in optimizer.state_tensors().values())
         found["static"] = gradients + sum(p.nbytes for p in policy.model.parameters()) + state
         meter._library.reset_peak()
         return metrics
 
     optimizer.step = stepped
-    if hasattr(phase, "_sample"):
-        phase._sample = meter.phase("rollout", phase._sample)
-        phase._score = meter.phase("scoring", phase._score)
+    sampler = getattr(phase, "sampler", None)
+    if sampler is not None:
+        sampler.sample = meter.phase("rollout", sampler.sample)
+        sampler.score = meter.phase("scoring", sampler.score)
     for number in range(STEPS):
         meter.on = number > 0
         meter._library.reset_peak()
         phase.step(number)
+        gc.collect(); print("idle", meter._library.live_bytes()-meter.start, "want", sum(p.nbytes for p in policy.model.parameters())+sum(t.nbytes for t in optimizer.state_tensors().values()),file=sys.stderr)
     return found | {"peaks": meter.peaks, "config": config}
 
 
