@@ -78,7 +78,7 @@ class TrainConfig:
     num_mini_batches: int = option(1, "optimiser steps an epoch over one rollout", least=1)
     gradient_accumulation_steps: int = option(1, "sft and reward: micro-batches an optimiser step", least=1)
     num_ppo_epochs: int | None = option(None, "passes over one rollout", least=1)
-    critic_warmup_steps: int = option(0, "first steps in which only the critic is updated", least=0)
+    critic_warmup_steps: int | None = option(None, "first steps in which only the critic is updated", least=0)
     learning_rate: float | None = option(None, "peak learning rate", above=0)
     critic_learning_rate: float | None = option(None, "default: learning_rate", above=0)
     lr_scheduler_type: str = option("constant", "after the warm-up", choices=("constant", "linear", "cosine"))
@@ -128,11 +128,19 @@ class TrainConfig:
     reward_clip: float | None = option(None, "scores are clipped to [-c, c]", above=0)
     whiten_rewards: bool = option(False, "per-token rewards to unit variance")
     whiten_advantages: bool = option(True, "advantages to zero mean and unit variance")
+    advantage_clip: float | None = option(None, "PPO: whitened advantages are clipped to [-c, c]", above=0)
     gamma: float = option(1.0, "discount", least=0, most=1)
     lam: float = option(0.95, "lambda of GAE", least=0, most=1)
     cliprange: float = option(0.2, "of the policy's ratio", above=0)
     cliprange_value: float = option(0.2, "of the value's step", above=0)
     vf_coef: float | None = option(None, "weight of the value loss", least=0)
+    beta: float = option(0.1, "dpo: weight of log pi - log pi_ref in the implicit reward", above=0)
+    length_coef: float = option(0.01, "r-dpo: alpha, a pair's logit for each token that chosen is longer")
+    label_smoothing: float = option(0.0, "dpo: share of pairs whose labels are the wrong way round", least=0, most=0.5)
+    precompute_ref_logprobs: bool = option(False, "dpo: read the reference once, before the first step")
+    eta: float = option(7.5e-3, "inpo: step of a round; the margin's goal is 1 / (2 eta) nats", above=0)
+    tau_ratio: float = option(1 / 3, "inpo: tau / eta, the reference's weight beside pi_t's", least=0, most=1)
+    rounds: int = option(3, "inpo: of equal length; each samples with the policy as it then is", least=1)
     reward_loss_coef: float = option(0.1, "hydra-sft: weight of the preference loss", least=0)
 
     # what is kept and shown
@@ -210,8 +218,7 @@ def check_combinations(config: TrainConfig) -> None:
         raise UserError(
             f"reward_weights: {len(config.reward_weights)} weights for {len(config.reward)} rewards; give one for each"
         )
-    if config.reward and config.algorithm not in ONLINE:
-        raise UserError(f"reward: {config.algorithm} scores nothing; it is for {', '.join(ONLINE)}")
+    _check_held_out(config)
     if config.demonstrations and config.algorithm not in ONLINE:
         raise UserError(f"demonstrations: {config.algorithm} learns from prompts alone; it is for {', '.join(ONLINE)}")
     if config.reward and config.reward_model:
@@ -225,6 +232,18 @@ def check_combinations(config: TrainConfig) -> None:
         )
     if Path(config.output_dir).is_file():
         raise UserError(f"output_dir: {config.output_dir!r} is a file")
+
+
+def _check_held_out(config: TrainConfig) -> None:
+    """Algorithms that learn from a file use a reward on held-out prompts alone."""
+    if config.algorithm in ONLINE:
+        return
+    if config.reward and config.algorithm == "reward":
+        raise UserError("reward: the algorithm of that name generates nothing that could be scored")
+    if config.reward and config.eval_prompts is None and config.model != "demo":
+        raise UserError(f"reward: {config.algorithm} scores completions of eval_prompts alone; give some")
+    if config.eval_prompts and not config.reward:
+        raise UserError(f"eval_prompts: {config.algorithm} completes them only to score them; give a reward")
 
 
 def _check_device(device: str) -> None:

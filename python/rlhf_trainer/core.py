@@ -79,7 +79,7 @@ def train(config: TrainConfig) -> TrainResult:
         start = found.step
     with _writing(output_dir):
         log = MetricsLog(output_dir, config, resume_step=start or None)
-    if isinstance(phase, Online):
+    if phase.sampler is not None:
         phase.sampler.progress = log.completed
     history: list[dict[str, float]] = []
     try:
@@ -148,8 +148,12 @@ def build_phase(config: TrainConfig, row: Algorithm, tokenizer: Any) -> tuple[On
             if row.data == "demonstrations"
             else load_preferences(config, tokenizer)
         )
+        eval_prompts = load_prompts(config, tokenizer, "eval_prompts") if config.reward else []
+        rewards = build_rewards(config)
         policy = build(config, row)
-        return Offline(policy.model, row, config, Optimizer(policy.groups, config, config.total_steps), rows), policy
+        sampler = build_sampler(config, policy, tokenizer, rewards) if eval_prompts else None
+        optimizer = Optimizer(policy.groups, config, config.total_steps)
+        return Offline(policy.model, row, config, optimizer, rows, sampler, eval_prompts), policy
     prompts = load_prompts(config, tokenizer)
     eval_prompts = load_prompts(config, tokenizer, "eval_prompts")
     demonstrations = load_demonstrations(config, tokenizer, "demonstrations") if config.demonstrations else []

@@ -32,6 +32,7 @@ class Preference:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+    ref_logprobs: tuple[float, float] | None = None  # the reference's, of chosen and rejected, when precomputed
 
 
 @dataclass

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rlhf_kernels.integrations.peft_layout import CONFIG as ADAPTER_CONFIG
-from rlhf_kernels.integrations.peft_layout import load_adapter, read_spec
+from rlhf_kernels.integrations.peft_layout import base_fingerprint, load_adapter, read_spec, saved_fingerprint
 from rlhf_kernels.nn import HydraModel, LoraSpec
 from rlhf_kernels.nn.disk import load_heads
 from rlhf_trainer import checkpoint
@@ -89,8 +89,7 @@ def build(config: TrainConfig, row: Algorithm) -> Policy:
     """Loads the bases, attaches adapters, starts the critic's head from the reward head, and groups what is trained."""
     layout = row.layout(config)
     sources = {"model": config.model, "reward_model": config.reward_model or config.model}
-    if config.reward_model and "reward_model" in layout.bases.values():
-        _check_source("reward_model", config.reward_model)
+    _check_reward_model(config, layout)
     _check_reward_head(config, layout, sources)
     _check_rank(config, layout)
     targets: Any = config.lora_target_modules
@@ -113,8 +112,8 @@ def build(config: TrainConfig, row: Algorithm) -> Policy:
         ),
     )
     for name, directory in saved.items():
-        _load_adapter(model, name, directory)
-    if layout.head_start is not None:
+        _load_adapter(model, name, directory, layout.loaded[name], config)
+    if "critic" in layout.roles:
         _start_critic(model, layout.head_start, _has_reward_head(resolve(sources[layout.head_source])))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -138,9 +137,16 @@ def _spec(name: str, config: TrainConfig, layout: Layout, saved: dict[str, Path]
     return read_spec(saved[name] / name)
 
 
-def _load_adapter(model: HydraModel, name: str, directory: Path) -> None:
-    """Adapter `name` of a finished run, and the heads of the roles that use it."""
-    load_adapter(model.decoder(model.base_of(name)), name, directory / name)
+def _load_adapter(model: HydraModel, name: str, directory: Path, argument: str, config: TrainConfig) -> None:
+    """Adapter `name` of a finished run, and the heads of the roles that use it; its base must be the one here."""
+    base, place = model.decoder(model.base_of(name)), directory / name
+    trained_on = saved_fingerprint(place)
+    if trained_on not in (None, base_fingerprint(base)):
+        raise UserError(
+            f"{argument}: {str(directory)!r} was trained on another base than {config.model!r}; "
+            "an adapter means nothing on weights it has not seen: train it on this model"
+        )
+    _loading(argument, str(directory), lambda: load_adapter(base, name, place))
     if (directory / HEADS_FILE).is_file():
         mine = {role.head_key for role in model.roles.values() if role.adapter == name}
         heads = {role_head: head for role_head, head in model.linear_heads().items() if role_head in mine}
@@ -173,12 +179,30 @@ def _groups(model: HydraModel, row: Algorithm, config: TrainConfig) -> dict[str,
     return groups
 
 
-def _start_critic(model: HydraModel, source: str, trained_head: bool) -> None:
-    """The critic's head is a trainable copy of the reward head; without a reward head values start at zero."""
-    if trained_head:
+def _start_critic(model: HydraModel, source: str | None, trained_head: bool) -> None:
+    """The critic's head is a trainable copy of role `source`'s; without one that was trained values start at zero."""
+    if source is not None and trained_head:
         model.copy_head(source, "critic")
     else:
         nn.init.zeros_(model.trainable_parameters("critic")[-1])
+
+
+def _check_reward_model(config: TrainConfig, layout: Layout) -> None:
+    """A checkpoint of its own for the reward must be there where it is needed, and be of use."""
+    if not config.reward_model:
+        if "reward_model" in layout.loaded.values():
+            raise UserError(
+                f"reward_model: {config.algorithm} needs the output_dir of a `reward` run with lora_r > 0 on this "
+                "model, or --reward pkg.mod:function"
+            )
+        return
+    if "reward_model" in layout.bases.values():
+        _check_source("reward_model", config.reward_model)
+    elif "reward_model" not in layout.loaded.values():
+        raise UserError(
+            f"reward_model: {config.algorithm} with lora_r > 0 has one base, which is its reward model too; "
+            "leave it out, or give lora_r 0"
+        )
 
 
 def _check_reward_head(config: TrainConfig, layout: Layout, sources: dict[str, str]) -> None:

@@ -8,26 +8,40 @@ from typing import Any
 from rlhf_kernels.nn import HydraModel
 from rlhf_trainer.algorithms import Algorithm, Counts
 from rlhf_trainer.config import TrainConfig
-from rlhf_trainer.data import BatchOrder, Demonstration
+from rlhf_trainer.data import BatchOrder, Demonstration, Prompt
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.optim import Optimizer
+from rlhf_trainer.sampler import Sampler
 
 
 @dataclass
 class Offline:
-    """The parts of an sft, reward or hydra-sft run; rows are demonstrations or preferences."""
+    """The parts of a run that learns from `rows`, which are demonstrations or preferences.
+
+    sampler: with it, evaluations let the policy complete `eval_prompts` and score what it says.
+    """
 
     model: HydraModel
     row: Algorithm
     config: TrainConfig
     optimizer: Optimizer
     rows: list[Any]
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    sampler: Sampler | None = None
+    eval_prompts: list[Prompt] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         batch = self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
         self.order = BatchOrder(len(self.rows), batch, self.config.seed)
         check_rows(self.rows, self.model.base_model(self.row.trained[0]))
+        if self.sampler is not None:
+            self.sampler.check(self.eval_prompts, self.sampler.params(n=1))
+        if self.row.prepare is not None:
+            self.rows = self.row.prepare(self.model, self.rows, self.config)
+
+    @property
+    def samples(self) -> list[dict[str, Any]]:
+        """The first completions of the last evaluation."""
+        return [] if self.sampler is None else self.sampler.samples
 
     def step(self, step: int) -> dict[str, float]:
         """Step number `step` (from 0); returns its metrics."""
@@ -46,8 +60,8 @@ class Offline:
         return totals | {"num_tokens": float(tokens), "timing/update": time.perf_counter() - started}
 
     def evaluate(self) -> dict[str, float]:
-        """Nothing is held out."""
-        return {}
+        """Reward, KL and length on the held-out prompts; {} without a reward to score them by."""
+        return {} if self.sampler is None else self.sampler.evaluate(self.eval_prompts)
 
     def state(self) -> dict[str, Any]:
         """Nothing beyond the tensors and the position."""

@@ -58,7 +58,7 @@ class Online:
             self.row.begin(self.model, step, config)
         prompts = [self.prompts[i] for i in self.order.at(step)]
         streams = [step * config.rollout_batch_size + i for i in range(len(prompts))]
-        rollout, greedy, early = self.sampler.sample(prompts, self.params, streams)
+        rollout, greedy, early = self.sampler.sample(prompts, self.params, streams, self.row.sampled)
         generated = time.perf_counter() - (early.seconds if early else 0.0)
         self.sampler.score(rollout, greedy, prompts, self.row.scored, config.kl_estimator, early)
         raw = rollout.scores
@@ -115,7 +115,7 @@ class Online:
         config = self.config
         history: list[dict[str, float]] = []
         difference = 0.0
-        only = "critic" if step < config.critic_warmup_steps else None
+        only = "critic" if step < (config.critic_warmup_steps or 0) else None
         for epoch in range(config.num_ppo_epochs or 1):
             draw = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 1_009 + epoch)
             shuffled = torch.randperm(len(rollout) // self.row.group, generator=draw).to(rollout.lengths.device)
@@ -161,7 +161,7 @@ class Online:
         counts = Counts(float(sum(completion_tokens(row) for row in rows)), float(len(rows)))
         share = sft.loss(self.model, rows, counts, self.config)
         (self.config.ptx_coef * share.value).backward()
-        return float(share.value)
+        return float(share.value.detach())
 
     def _objective(self, rollout: Rollout, raw: torch.Tensor) -> dict[str, float]:
         lengths = rollout.completion_lengths.float()

@@ -18,7 +18,6 @@ from .errors import UserError, one_line
 SYNONYMS = {  # other trainers' words, for the hint of an error
     "lr": "learning_rate",
     "batch_size": "per_device_train_batch_size",
-    "beta": "kl_coef",
     "epochs": "num_ppo_epochs",
     "steps": "total_steps",
     "max_steps": "total_steps",

@@ -136,6 +136,7 @@ def sample(
     streams: list[int],
     device: torch.device,
     finished: Callable[[GeneratedRollout], None] = lambda row: None,
+    role: str = "actor",
 ) -> tuple[Rollout, Rollout | None]:
     """The sampled completions, and with `greedy_baseline` the greedy ones (one a prompt); scores are still zero.
 
@@ -145,7 +146,7 @@ def sample(
     rows = []
     every = max(1, len(prompts) * params.rollouts // GROUPS)
     try:
-        for row in generator.stream(prompts, params, role="actor", streams=streams, every=every):
+        for row in generator.stream(prompts, params, role=role, streams=streams, every=every):
             rows.append(row)
             finished(row)
     finally:

@@ -22,7 +22,7 @@ EVAL_SEED = 1_000_003  # added to the seed of evaluations, so that their draws a
 
 @dataclass
 class Sampler:
-    """A model that samples by its role "actor", and what scores the samples."""
+    """A model that samples, by its role "actor" where nothing else is said, and what scores the samples."""
 
     model: HydraModel
     config: TrainConfig
@@ -52,9 +52,9 @@ class Sampler:
             raise UserError(f"{name}: {one_line(error)}") from error
 
     def sample(
-        self, prompts: Sequence[Prompt], params: SamplingParams, streams: list[int]
+        self, prompts: Sequence[Prompt], params: SamplingParams, streams: list[int], role: str = "actor"
     ) -> tuple[Rollout, Rollout | None, EarlyScores | None]:
-        """The rollout, with the scores of rewards that are called while it runs; shows how far it is."""
+        """`role`'s rollout, with the scores of rewards that are called while it runs; shows how far it is."""
         size, early, total, done = self.config.reward_batch_size, None, len(prompts) * params.rollouts, 0
         if self.rewards is not None and size is not None:
             early = EarlyScores(self.rewards, prompts, self.decode, params.rollouts, size)
@@ -67,7 +67,7 @@ class Sampler:
                 early.add(row)
 
         tokens = [prompt.tokens for prompt in prompts]
-        return *sample(self.generator, tokens, params, streams, self.model.device, finished), early
+        return *sample(self.generator, tokens, params, streams, self.model.device, finished, role), early
 
     def score(
         self,

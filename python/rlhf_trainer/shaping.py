@@ -7,7 +7,6 @@ With a = log pi - log pi_ref at the sampled token (arXiv 2309.09055, table of re
     full_kl, full_js: exact over the vocabulary   none 0
 """
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,8 +32,9 @@ def penalty(estimator: str, logprobs: Tensor, ref_logprobs: Tensor, exact: Tenso
     if estimator == "bregman":
         return torch.expm1(-a) + a
     if estimator == "jensen_shannon":
-        mixture = torch.logaddexp(logprobs, ref_logprobs) - math.log(2)
-        return 0.5 * ((logprobs - mixture).clamp(min=0) + (ref_logprobs - mixture).clamp(min=0))
+        # log pi - log m = -log((1 + e^-a) / 2), written so that equal policies give exactly 0
+        over, under = -torch.log1p(torch.expm1(-a) / 2), -torch.log1p(torch.expm1(a) / 2)
+        return 0.5 * (over.clamp(min=0) + under.clamp(min=0))
     if estimator in EXACT:
         if exact is None:
             raise ValueError(f"exact: {estimator} needs the divergence over the vocabulary, got None")

@@ -1,11 +1,15 @@
-"""Adapters in PEFT's layout on disk: adapter_config.json beside adapter_model.safetensors. PEFT is not needed."""
+"""Adapters in PEFT's layout on disk: adapter_config.json beside adapter_model.safetensors. PEFT is not needed.
 
+The tensors' file says in its metadata which base they were trained on (`base_fingerprint`); PEFT passes over it.
+"""
+
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from rlhf_kernels.nn.lora import LoraSpec, adapter_routes, decoder_linears, lora_layers
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT wraps a model twice before it names its modules
+FINGERPRINT, FINGERPRINT_VALUES = "base_fingerprint", 256  # key of the metadata; numbers read of each weight
 
 
 def save_adapter(model: "PreTrainedModel", name: str, directory: Path) -> None:
@@ -39,7 +44,34 @@ def save_adapter(model: "PreTrainedModel", name: str, directory: Path) -> None:
     }
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt", FINGERPRINT: base_fingerprint(model)})
+
+
+@torch.no_grad()
+def base_fingerprint(model: "PreTrainedModel") -> str:
+    """Hex digest of a model's own weights: names, shapes and FINGERPRINT_VALUES numbers of each, evenly spaced.
+
+    Numbers are rounded to bf16, so that a model loaded in float32 and in bfloat16 has one fingerprint. Training
+    changes it: of so many numbers some cross a rounding boundary even where each moves by a thousandth of its size.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        if ".lora_A." in name or ".lora_B." in name:
+            continue
+        flat = weight.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // FINGERPRINT_VALUES)].to("cpu", torch.bfloat16)
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(some.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def saved_fingerprint(directory: Path) -> str | None:
+    """The fingerprint of the base an adapter on disk was trained on; None where whoever wrote it did not say."""
+    try:
+        with safe_open(str(directory / WEIGHTS), framework="pt") as file:
+            return (file.metadata() or {}).get(FINGERPRINT)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{directory / WEIGHTS}: not a readable safetensors file ({error})") from error
 
 
 def _shortest_names(model: "PreTrainedModel", paths: list[str]) -> list[str]:

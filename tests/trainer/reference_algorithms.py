@@ -62,6 +62,28 @@ def logprobs(net: Net, rows: Padded, temperature: float = 1.0) -> Tensor:
     return every.gather(-1, rows.ids[:, 1:, None])[..., 0] * rows.answer
 
 
+def divergence(name: str, actor: Net, other: Net, rows: Padded, temperature: float = 1.0) -> Tensor:
+    """d_t [B, L-1] of the table of regularisers (2309.09055), from the whole distributions."""
+    p, q = (F.log_softmax(net(rows.ids, rows.mask)[0][:, :-1] / temperature, -1) for net in (actor, other))
+    m = torch.log((p.exp() + q.exp()) / 2)
+
+    def at_token(x: Tensor) -> Tensor:
+        return x.gather(-1, rows.ids[:, 1:, None])[..., 0]
+
+    pt, qt, mt = at_token(p), at_token(q), at_token(m)
+    terms = {
+        "kl": pt - qt,
+        "clamped_kl": torch.relu(pt - qt),
+        "squared_error": (pt - qt) ** 2 / 2,
+        "bregman": qt.exp() / pt.exp() - 1 + pt - qt,
+        "jensen_shannon": (torch.relu(pt - mt) + torch.relu(qt - mt)) / 2,
+        "full_kl": (p.exp() * (p - q)).sum(-1),
+        "full_js": ((p.exp() * (p - m)).sum(-1) + (q.exp() * (q - m)).sum(-1)) / 2,
+        "none": torch.zeros_like(pt),
+    }
+    return terms[name] * rows.answer
+
+
 def values(net: Net, rows: Padded) -> Tensor:
     _, hidden = net(rows.ids, rows.mask)
     return (hidden[:, :-1] @ net.head.T)[..., 0] * rows.answer
@@ -106,15 +128,32 @@ def shaped(score: Tensor, finished: Tensor, config: Any) -> Tensor:
     return score
 
 
-def ppo(nets: dict[str, Net], sequences: list, finished: Tensor, config: Any, joint: bool = False) -> list[float]:
-    """nets: actor, critic, reference, reward. Steps the actor's and critic's tensors; returns each loss."""
+def ppo(
+    nets: dict[str, Net],
+    sequences: list,
+    finished: Tensor,
+    config: Any,
+    joint: bool = False,
+    seen: list[float] | None = None,
+    demonstrations: list | None = None,
+) -> list[float]:
+    """nets: actor, critic, reference, reward. Steps the actor's and critic's tensors; returns each loss.
+
+    PPO-max: `seen` holds the raw rewards of the rollouts before, and is added to; `demonstrations` are PPO-ptx's, one
+    batch an epoch.
+    """
     actor, critic = nets["actor"], nets["critic"]
     rows = pad(sequences)
     with torch.no_grad():
         old, old_values = logprobs(actor, rows, config.temperature), values(critic, rows)
-        reference = logprobs(nets["reference"], rows, config.temperature)
-        score = shaped(rewards(nets["reward"], rows), finished, config)
-        reward = -config.kl_coef * (old - reference)
+        score = rewards(nets["reward"], rows)
+        if seen is not None:
+            seen += score.tolist()
+            history = torch.tensor(seen, dtype=torch.float64)
+            score = ((score.double() - history.mean()) / history.std(correction=0)).to(score.dtype)
+        score = shaped(score, finished, config)
+        away = divergence(config.kl_estimator, actor, nets["reference"], rows, config.temperature)
+        reward = -config.kl_coef * away
         ends = [int(places.nonzero()[-1]) for places in rows.answer]
         for i, end in enumerate(ends):
             reward[i, end] += score[i]
@@ -129,11 +168,13 @@ def ppo(nets: dict[str, Net], sequences: list, finished: Tensor, config: Any, jo
                 advantage[i, t], following = running, old_values[i, t]
         returns = advantage + old_values * rows.answer
         advantage = whiten(advantage, rows.answer)
+        if config.advantage_clip is not None:
+            advantage = torch.clip(advantage, -config.advantage_clip, config.advantage_clip)
     critic_leaves = [critic.head] if joint else critic.leaves(with_head=True)
     groups = [(actor.leaves(), config.learning_rate), (critic_leaves, config.critic_learning_rate)]
     adam = optimise(groups, config)
     losses = []
-    for _ in range(config.num_ppo_epochs):
+    for epoch in range(config.num_ppo_epochs):
         new, value = logprobs(actor, rows, config.temperature), values(critic, rows)
         ratio = torch.exp(new - old)
         surrogate = torch.min(
@@ -143,8 +184,35 @@ def ppo(nets: dict[str, Net], sequences: list, finished: Tensor, config: Any, jo
         square = torch.max((value - returns) ** 2, (near - returns) ** 2)
         loss = -surrogate[rows.answer].mean() + config.vf_coef * 0.5 * square[rows.answer].mean()
         losses.append(loss.item())
+        if demonstrations:
+            shown = pad(demonstrations[epoch])
+            loss = loss - config.ptx_coef * logprobs(actor, shown)[shown.answer].mean()
         descend(loss, groups, adam, config)
     return losses
+
+
+def pe_rlhf(nets: dict[str, Net], sequences: list, finished: Tensor, config: Any) -> list[float]:
+    """nets: actor, reference, reward, and critic, whose head reads the actor's hidden states."""
+    actor, rows = nets["actor"], pad(sequences)
+    critic = Net(actor.skeleton, actor.weights, actor.adapter, actor.scaling, nets["critic"].head)
+    with torch.no_grad():
+        score = shaped(rewards(nets["reward"], rows), finished, config)
+        away = divergence(config.kl_estimator, actor, nets["reference"], rows, config.temperature)
+        reward = -config.kl_coef * away
+        for i, places in enumerate(rows.answer):
+            reward[i, int(places.nonzero()[-1])] += score[i]
+        length = reward.shape[1]
+        later = torch.arange(length)[:, None] - torch.arange(length)[None]  # [s, t]: s - t
+        discount = torch.where(later >= 0, torch.tensor(config.gamma).double() ** later.clamp(min=0), 0).to(reward)
+        returns = reward @ discount * rows.answer
+        advantage = returns - values(critic, rows)
+    groups = [(actor.leaves(), config.learning_rate), ([critic.head], config.critic_learning_rate)]
+    adam = optimise(groups, config)
+    weighted = (advantage * logprobs(actor, rows, config.temperature)).sum()
+    policy = -weighted / (len(sequences) if config.loss == "sequence" else rows.answer.sum())
+    value = ((values(critic, rows) - returns)[rows.answer] ** 2).mean() / 2
+    descend(policy + config.vf_coef * value, groups, adam, config)
+    return [policy.item(), value.item()]
 
 
 def remax(
@@ -155,8 +223,8 @@ def remax(
     with torch.no_grad():
         gain = shaped(rewards(nets["reward"], rows), finished[0], config)
         gain = gain - shaped(rewards(nets["reward"], pad(greedy)), finished[1], config)
-        k1 = logprobs(actor, rows, config.temperature) - logprobs(nets["reference"], rows, config.temperature)
-        penalty = config.kl_coef * k1
+        away = divergence(config.kl_estimator, actor, nets["reference"], rows, config.temperature)
+        penalty = config.kl_coef * away
         if config.kl_mode == "cumulative":
             penalty = penalty.flip(1).cumsum(1).flip(1)
         advantage = (gain[:, None] - penalty) * rows.answer

@@ -28,19 +28,19 @@ def files(tmp_path_factory):
 
 
 class Run:
-    """A phase of the trainer about to take its first step, its weights moved so that nothing is zero."""
+    """A phase of the trainer about to take its first step, its weights `moved` so that nothing is zero."""
 
-    def __init__(self, directory: Path, algorithm: str, **changes):
+    def __init__(self, directory: Path, algorithm: str, moved: bool = True, **changes):
         self.config = with_defaults(tiny.config(directory, algorithm, **changes).validate())
         torch.manual_seed(0)
         self.tokenizer = load_tokenizer(self.config)
         self.phase, self.policy = core.build_phase(self.config, find(algorithm), self.tokenizer)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
-            for parameter in self.policy.trained.values():
+            for parameter in self.policy.trained.values() if moved else ():
                 parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
         self.rollout = None
-        if algorithm in ONLINE:
+        if find(algorithm).data is None:
             update = self.phase._update
 
             def spy(rollout, step):
@@ -241,7 +241,7 @@ def test_remax_advantages_have_the_papers_signs(mode):
 @pytest.mark.parametrize("algorithm", TABLE)
 def test_every_row_fills_all_defaults(algorithm):
     config = with_defaults(replace(core.TrainConfig(model="base"), algorithm=algorithm))
-    shaping = ("missing_eos_penalty", "reward_clip", "reward_model", "reward_batch_size")
+    shaping = ("missing_eos_penalty", "reward_clip", "advantage_clip", "reward_model", "reward_batch_size")
     shaping += ("prompts", "eval_prompts", "demonstrations", "max_active")
     empty = [name for name, value in vars(config).items() if value is None and name not in shaping]
     assert empty == []

@@ -36,14 +36,15 @@ def test_each_estimator_gives_the_value_worked_out_by_hand(estimator, policy, re
 def test_equal_policies_pay_exactly_nothing(estimator):
     logprob = torch.tensor([-0.3, -12.0, -1e-4])
     got = penalty(estimator, logprob, logprob.clone())
-    assert got.abs().max() <= (6e-8 if estimator == "jensen_shannon" else 0.0)
+    assert not got.any()
 
 
 def test_the_sampled_jensen_shannon_lies_between_zero_and_half_log_two():
     policy, reference = -torch.rand(1000) * 30, -torch.rand(1000) * 30
     got = penalty("jensen_shannon", policy, reference)
     assert got.min() >= 0
-    assert got.max() <= math.log(2) / 2 + 1e-6
+    assert got.max() <= math.log(2) / 2
+    assert got.max() > 0.34
 
 
 @pytest.mark.parametrize("estimator", ["full_kl", "full_js"])

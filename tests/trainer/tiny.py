@@ -51,6 +51,20 @@ def checkpoint(directory: Path, seed: int = 0, reward_head: bool = True, sharpne
     return str(directory)
 
 
+def reward_adapter(directory: Path, model: str, rank: int = 4, seed: int = 2) -> str:
+    """What a `reward` run with `lora_r` leaves: a reward adapter for `model` and its head, both of random values."""
+    from rlhf_kernels.nn import HydraModel, LoraSpec, Role
+
+    adapters, roles = {"reward": LoraSpec(rank, 2.0 * rank)}, {"reward": Role("reward", "reward")}
+    made = HydraModel.from_pretrained(model, adapters, roles, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in made.trainable_parameters("reward"):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    made.save_pretrained(directory)
+    return str(directory)
+
+
 def prompts(path: Path, count: int = 12) -> str:
     """JSONL prompts of 2 to 6 words."""
     rows = [{"prompt": " ".join(WORDS[(7 * i + j) % len(WORDS)] for j in range(2 + i % 5))} for i in range(count)]
@@ -92,6 +106,9 @@ def config(directory: Path, algorithm: str = "hydra-ppo", **changes: Any) -> Tra
         "slice_tokens": 4,
         "report": False,
     }
-    if algorithm in ("hydra-ppo", "j-hydra-ppo", "lora-ppo"):
+    if algorithm in ("hydra-ppo", "j-hydra-ppo", "lora-ppo", "pe-rlhf"):
         settings |= {"lora_r": 4, "lora_alpha": 8.0}
+    if algorithm == "pe-rlhf" and not changes.keys() & {"reward", "reward_model"}:
+        adapter = directory / "reward_adapter"
+        settings["reward_model"] = str(adapter) if adapter.exists() else reward_adapter(adapter, str(model))
     return TrainConfig(**(settings | changes))

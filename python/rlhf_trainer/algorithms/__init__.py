@@ -35,10 +35,11 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
     """A copy of `config` whose None fields hold the algorithm's own values; the critic learns at the actor's rate.
 
     A rank without an alpha gets alpha = rank (scaling 1); the embedded checkpoint, which has no reward head, its gold
-    score. UserError for fewer samples a prompt than the algorithm can do with, or a warm-up of a critic it has not.
+    score. UserError for fewer samples a prompt than the algorithm can do with, an estimator of a divergence that its
+    rewards have not, or a warm-up of a critic that it has not.
     """
     row = find(config.algorithm)
-    defaults = {"num_generations": 1} | dict(row.defaults)
+    defaults = {"num_generations": 1, "critic_warmup_steps": 0} | dict(row.defaults)
     values = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     if config.lora_r and config.lora_alpha is None:
         values["lora_alpha"] = float(config.lora_r)
@@ -52,6 +53,8 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
             f"num_generations: is {filled.num_generations}; {row.name} compares a prompt's samples and needs at least "
             f"{row.least_generations}"
         )
+    if filled.kl_estimator != "kl" and row.advantages is None:
+        raise UserError(f"kl_estimator: {row.name} takes no divergence off its rewards; leave it out")
     if filled.critic_warmup_steps and "critic" not in row.trained:
         raise UserError(f"critic_warmup_steps: is {filled.critic_warmup_steps}; {row.name} has no critic")
     return filled

@@ -85,9 +85,11 @@ class Algorithm:
     """A row of the table of algorithms.
 
     `defaults` fills the fields of TrainConfig that are None (`num_generations` 1 unless it says else). Rows with `data`
-    learn from a file: of them the core uses layout, trained, loss and defaults. The others sample.
+    learn from a file: of them the core uses layout, trained, loss, defaults and prepare. The others sample.
 
     Attributes:
+        prepare: the file's rows, once, before the first step and before a resumed run's weights are loaded.
+        sampled: the role that samples rollouts; evaluations sample with the actor.
         scored: roles that read each rollout, of actor, reference, critic and snapshot (into `rollout.logprobs`,
             `.ref_logprobs`, `.values`, `.snapshot_logprobs`); those that the layout lacks are left out. "reward" is
             read by itself when no reward is given.
@@ -106,6 +108,8 @@ class Algorithm:
     loss: Callable[[HydraModel, Any, Counts, TrainConfig], Loss]
     defaults: Mapping[str, Any]
     data: Literal["demonstrations", "preferences"] | None = None
+    prepare: Callable[[HydraModel, list[Any], TrainConfig], list[Any]] | None = None
+    sampled: str = "actor"
     scored: tuple[str, ...] = ()
     greedy_baseline: bool = False
     least_generations: int = 1

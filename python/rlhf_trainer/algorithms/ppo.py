@@ -4,6 +4,7 @@
     policy = mean max(-A ratio, -A clip(ratio, 1 - c, 1 + c))
     value = 1/2 mean max((v - R)^2, (clip(v, old +- c_v) - R)^2)
     loss = policy + vf_coef value;  A, R from GAE on per-token rewards  -kl_coef d_t + [last token] score
+    A is whitened, then clipped to +-advantage_clip
 
 Sources: PPO arXiv 1707.06347, lm-human-preferences; Hydra-RLHF arXiv 2309.00754.
 """
@@ -27,6 +28,8 @@ def advantages(rollout: Rollout, config: TrainConfig, state: State) -> None:
     )
     if config.whiten_advantages:
         rollout.advantages = masked_whiten(rollout.advantages)
+    if config.advantage_clip is not None:
+        rollout.advantages = rollout.advantages.clamp(-config.advantage_clip, config.advantage_clip)
 
 
 def loss(model: HydraModel, batch: Rollout, counts: Counts, config: TrainConfig) -> Loss:
@@ -72,7 +75,7 @@ def _one_base(actor: str, critic: str) -> Layout:
     return Layout(roles, adapters=tuple(dict.fromkeys((actor, critic))), head_start="reward")
 
 
-def _hydra(config: TrainConfig) -> Layout:
+def hydra(config: TrainConfig) -> Layout:
     return _one_base("actor", "critic")
 
 
@@ -107,7 +110,7 @@ def _lora(config: TrainConfig) -> Layout:
     return _four_bases(config, adapters=True)
 
 
-def _full(config: TrainConfig) -> Layout:
+def whole(config: TrainConfig) -> Layout:
     return _four_bases(config, adapters=False)
 
 
@@ -135,8 +138,8 @@ def _row(name: str, layout, defaults) -> Algorithm:
 
 
 ROWS = (
-    _row("ppo", _full, _DEFAULTS | {"lora_r": 0, "lora_alpha": 32.0}),  # four full models, actor and critic trained
+    _row("ppo", whole, _DEFAULTS | {"lora_r": 0, "lora_alpha": 32.0}),  # four full models, actor and critic trained
     _row("lora-ppo", _lora, _DEFAULTS | _RANK),  # four frozen bases, adapters on actor and critic
     _row("j-hydra-ppo", _joint, _DEFAULTS | _RANK),  # one base, one adapter for actor and critic
-    _row("hydra-ppo", _hydra, _DEFAULTS | _RANK),  # one base, an adapter each for actor and critic
+    _row("hydra-ppo", hydra, _DEFAULTS | _RANK),  # one base, an adapter each for actor and critic
 )
