@@ -1,6 +1,6 @@
-"""One training run of the real trainer in this process, whose live bytes are counted: what a memory plan is held against.
+"""Runs of the real trainer, each in a process whose live bytes are counted: what a memory plan is held against.
 
-    LD_PRELOAD=live_bytes.so python -m benchmarks.memory_plan_run '{"algorithm": ..., "size": ..., ...}'
+    LD_PRELOAD=live_bytes.so python -m benchmarks.memory_plan_run     with a line of JSON (see Work) on stdin for each
 
 The measure is exact: `live_bytes.c` stands before malloc and counts what is live, in our kernels, the libraries and
 torch alike. A first run of a tiny model loads code and makes threads, so that they are on nobody's bill. Peaks are taken
@@ -11,6 +11,7 @@ optimiser has no state yet.
 import ctypes
 import gc
 import json
+import os
 import sys
 import tempfile
 import warnings
@@ -26,6 +27,7 @@ SIZES = {  # hidden, intermediate, layers, heads, kv heads, vocabulary; about 1,
     "10M": (320, 864, 6, 5, 5, 4096),
     "60M": (640, 1728, 9, 10, 5, 16384),
 }
+KV_MEMORY = {"tiny": "1MiB", "1M": "4MiB", "10M": "8MiB", "60M": "16MiB"}
 STEPS = 2
 
 
@@ -73,8 +75,8 @@ def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[f
     return [float(len(text) % 7) for text in completions]
 
 
-def make_model(size: str, dtype: str, folder: Path) -> str:
-    """A random Llama of that size on disk, with the demo's tokenizer.
+def make_model(size: str, dtype: str, folder: Path, weights: bool) -> str:
+    """A random Llama of that size on disk (or its config alone), with the demo's tokenizer.
 
     It is kept in the other dtype: weights in their own would stay mapped from the file, out of the allocator's sight.
     """
@@ -90,6 +92,9 @@ def make_model(size: str, dtype: str, folder: Path) -> str:
         num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=1024, bos_token_id=None,
         eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
+    config.save_pretrained(place)
+    if not weights:
+        return str(place)
     other = torch.bfloat16 if dtype == "float32" else torch.float32
     LlamaForCausalLM(config).to(other).save_pretrained(place)
     AutoTokenizer.from_pretrained(checkpoint_path()).save_pretrained(place)
@@ -108,14 +113,14 @@ def make_data(folder: Path, tokens: int, rows: int = 16) -> str:
     return str(file)
 
 
-def settings(work: Work, folder: Path) -> dict[str, Any]:
-    """The configuration of a run: two micro-batches a minibatch, two minibatches a rollout."""
+def settings(work: Work, folder: Path, weights: bool = True) -> dict[str, Any]:
+    """The configuration of a run: two micro-batches a minibatch, one minibatch a rollout."""
     from rlhf_trainer.algorithms import find
 
     row = find(work.algorithm)
     values: dict[str, Any] = {
         "algorithm": work.algorithm,
-        "model": make_model(work.size, work.dtype, folder),
+        "model": make_model(work.size, work.dtype, folder, weights),
         "prompts": make_data(folder, max(work.prompt, work.response) + 8),
         "output_dir": str(folder / "out"),
         "dtype": work.dtype,
@@ -131,11 +136,14 @@ def settings(work: Work, folder: Path) -> dict[str, Any]:
     if row.defaults.get("lora_r"):
         values |= {"lora_r": work.lora_rank}
     if row.data is None:
+        samples = row.least_generations
+        trained = row.group if row.select is not None else samples  # completions of a prompt that are trained on
         values |= {
-            "rollout_batch_size": 4 * work.batch,
-            "num_mini_batches": 2,
+            "num_generations": samples,
+            "rollout_batch_size": 2 * work.batch // trained,
             "num_ppo_epochs": 1,
-            "kv_memory": "8MiB" if work.size != "60M" else "32MiB",
+            "critic_warmup_steps": 0,
+            "kv_memory": KV_MEMORY[work.size],
             "reward": ["benchmarks.memory_plan_run:reward"],
         }
     return values
@@ -154,7 +162,7 @@ def run(work: Work, folder: Path) -> dict[str, Any]:
     phase, policy = build_phase(config, find(config.algorithm), tokenizer)
     found = {"static": 0}
     optimizer = phase.optimizer
-    step = meter.phase("optimizer", optimizer.step)
+    step = meter.phase("optimiser", optimizer.step)
 
     def stepped(*only: Any) -> dict[str, float]:
         update_ends(meter)
@@ -174,8 +182,20 @@ def run(work: Work, folder: Path) -> dict[str, Any]:
         meter.on = number > 0
         meter._library.reset_peak()
         phase.step(number)
-        gc.collect(); print("idle", meter._library.live_bytes()-meter.start, "want", sum(p.nbytes for p in policy.model.parameters())+sum(t.nbytes for t in optimizer.state_tensors().values()),file=sys.stderr)
-    return found | {"peaks": meter.peaks, "config": config}
+        gc.collect()
+        idle = meter._library.live_bytes() - meter.start
+    return {"static": found["static"], "idle": idle, "peaks": meter.peaks}
+
+
+def planned(work: Work, folder: Path) -> dict[str, Any]:
+    """What the plan says of the same configuration, from the model's config alone."""
+    from rlhf_trainer.algorithms import find, with_defaults
+    from rlhf_trainer.budget import Lengths, plan_of
+    from rlhf_trainer.config import TrainConfig
+
+    config = with_defaults(TrainConfig(**settings(work, folder, weights=False)).validate())
+    found = plan_of(config, find(config.algorithm), Lengths(work.prompt, work.response))
+    return {"static": found.static, "peaks": found.peaks, "parameters": found.parameters}
 
 
 def update_ends(meter: Meter) -> None:
@@ -185,17 +205,34 @@ def update_ends(meter: Meter) -> None:
 
 
 def main() -> None:
+    """A run for every line of stdin, each in a process forked from this one, which has loaded code and nothing else."""
     from transformers.utils import logging
+
+    from rlhf_trainer import core  # noqa: F401
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    work = Work(**json.loads(sys.argv[1]))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        run(Work(work.algorithm, "tiny", work.dtype, work.checkpointing, 2, 8, 8), folder)
-        found = run(work, folder)
-    print(json.dumps({"static": found["static"], "peaks": found["peaks"]}))
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            _measure(Work(**json.loads(line)))
+            sys.stdout.flush()
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            print(json.dumps({"error": f"status {status}"}), flush=True)
+
+
+def _measure(work: Work) -> None:
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            run(Work(work.algorithm, "tiny", work.dtype, work.checkpointing, 2, 8, 8), folder)
+            found = run(work, folder)
+    except Exception as error:
+        found = {"error": f"{type(error).__name__}: {error}"[:300]}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def scratch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: S
     if name == "rlhf_kernels::lora_linears":
         return _linears(*args[:5])
     if name == "rlhf_kernels::lora_linears_backward":
-        return _linears_backward(args[0], args[3])
+        return _linears_backward(args[0], args[1], args[2])
     if name == "rlhf_kernels::linear_logprob":
         return max(0, _head(args) - sum(t.nbytes for t in results))
     if name == "rlhf_kernels::linear_logprob_backward":
@@ -51,13 +51,15 @@ def _linears(x: Tensor, weights: list[Tensor], biases: list[Tensor], lora_a: lis
     return _packed(x.shape[0], x.shape[1], item) + min(PANEL_BYTES, columns) + x.shape[0] * ranks * item
 
 
-def _linears_backward(grads: list[Tensor], lora_a: list[Tensor]) -> int:
+def _linears_backward(grads: list[Tensor], weights: list[Tensor], lora_a: list[Tensor]) -> int:
     if not lora_a:
         return 0
     present = [g for g in grads if g.ndim == 2]
     rows, item = present[0].shape[0], present[0].element_size()
     ranks = sum(a.shape[0] for a in lora_a)
-    return _packed(rows, sum(g.shape[1] for g in present), item) + PANEL_BYTES // 2 + rows * ranks * item
+    depth = sum(g.shape[1] for g in present)
+    columns = weights[0].shape[1] * depth * item
+    return _packed(rows, depth, item) + min(PANEL_BYTES, columns) + rows * ranks * item
 
 
 def _has_tiles(dtype: torch.dtype) -> bool:

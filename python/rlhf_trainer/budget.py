@@ -49,7 +49,8 @@ def memory_layout(row: Algorithm, config: TrainConfig) -> Layout:
     """The models of a run as the memory plan counts them."""
     layout = row.layout(config)
     names = dict.fromkeys(["base", *layout.bases])
-    bases = tuple(Base("shared base" if len(names) == 1 else n, n in layout.trained_bases) for n in names)
+    alone = "policy" if layout.trained_bases else "shared base"
+    bases = tuple(Base(alone if len(names) == 1 else n, n in layout.trained_bases) for n in names)
     roles = {name: Part(role.adapter, role.head, role.base) for name, role in layout.roles.items()}
     update = LAYOUTS[row.name].update
     if config.precompute_ref_logprobs:
