@@ -247,9 +247,7 @@ class _Shape:
             def make(config: Any) -> Any:
                 return meta_model(config, dtype)
 
-            self._steps = Steps(
-                make, self.model.config, self.layout, self.rank, self.targets, self.checkpointing
-            )
+            self._steps = Steps(make, self.model.config, self.layout, self.rank, self.targets, self.checkpointing)
         return self._steps
 
     def _rows(self, batch: int) -> tuple[PlanRow, ...]:

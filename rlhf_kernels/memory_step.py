@@ -129,9 +129,7 @@ class _Marks:
         self.meter, self.backward, self.handles = meter, False, []
         for _, base in model.decoders():
             for number, layer in enumerate(decoder_layers(base)):
-                self.handles.append(
-                    layer.register_forward_pre_hook(partial(self._enters, number), with_kwargs=True)
-                )
+                self.handles.append(layer.register_forward_pre_hook(partial(self._enters, number), with_kwargs=True))
 
     def __enter__(self) -> None:
         pass

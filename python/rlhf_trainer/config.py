@@ -109,7 +109,8 @@ class TrainConfig:
     min_p: float = option(0.0, "0: off", least=0, most=1)
     num_generations: int | None = option(None, "samples a prompt", least=1)
     kv_memory: str | int | None = option(
-        None, f"bytes of the KV arena, such as 2GiB; default: {KV_MEMORY}, or what memory_budget leaves of the rollout's"
+        None,
+        f"bytes of the KV arena, such as 2GiB; default: {KV_MEMORY}, or what memory_budget leaves of the rollout's",
     )
     slice_tokens: int = option(16, "tokens a KV slice", least=1)
     max_active: int | None = option(None, "most sequences decoded at once; default: as many as fit", least=1)

@@ -13,6 +13,7 @@ from rlhf_trainer.demo import checkpoint_path
 from rlhf_trainer.models import build
 from rlhf_trainer.optim import Optimizer
 
+
 def held_bytes(config: TrainConfig) -> int:
     """Weights, gradients and optimiser state of a run's live tensors after an optimiser step."""
     policy = build(config, find(config.algorithm))
