@@ -126,8 +126,8 @@ def markdown(result: dict[str, Any]) -> str:
     parts = [
         f"### `memory`: planned beside measured on {result['machine']['cpu']}",
         f"Measured {result['date']} at commit {result['commit']} with {made_with}.",
-        f"Peaks of {within} of {len(runs)} runs are within {BOUND:.0%} of the plan (the farthest {max(errors):.1%} off); "
-        f"static bytes are exact in {sum(r['static'] == r['planned']['static'] for r in runs)}. In MiB.",
+        f"Peaks of {within} of {len(runs)} runs are within {BOUND:.0%} of the plan (the farthest {max(errors):.1%} off)"
+        f"; static bytes are exact in {sum(r['static'] == r['planned']['static'] for r in runs)}. In MiB.",
     ]
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in runs:

@@ -3,8 +3,8 @@
     LD_PRELOAD=live_bytes.so python -m benchmarks.memory_plan_run     with a line of JSON (see Work) on stdin for each
 
 The measure is exact: `live_bytes.c` stands before malloc and counts what is live, in our kernels, the libraries and
-torch alike. A first run of a tiny model loads code and makes threads, so that they are on nobody's bill. Peaks are taken
-for each phase of a step (rollout, scoring, forward and backward, optimiser), over all steps but the first, whose
+torch alike. A first run of a tiny model loads code and makes threads, so that they are on nobody's bill. Peaks are
+taken for each phase of a step (rollout, scoring, forward and backward, optimiser), over all steps but the first, whose
 optimiser has no state yet.
 """
 

@@ -263,6 +263,8 @@ class _Shape:
         working = max(0, peak.peak - peak.kept)
         rows.append(PlanRow("working memory", other=working, phase="update", exact=False))
         rows.append(PlanRow("temporaries", other=self.temporaries, phase="optimiser", exact=False))
+        phases = dict.fromkeys(row.phase for row in rows)
+        rows += [PlanRow("kept by libraries", other=peak.libraries, phase=phase, exact=False) for phase in phases]
         return tuple(rows)
 
     def _rollout(self, sequences: int) -> list[PlanRow]:

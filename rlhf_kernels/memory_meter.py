@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_leaves
 Scratch = Callable[[Any, tuple[Any, ...], dict[str, Any], list[Tensor]], int]  # of an op, its arguments and results
 
 
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+
+
 @dataclass
 class Stretch:
     """`net`: bytes it leaves behind; `peak`: the most above its beginning; `label`: what it is part of."""
@@ -57,6 +60,7 @@ class Meter(TorchDispatchMode):
         self._scratch = scratch
         self._live: dict[int, Any] = {}
         self._now = 0  # within the stretch
+        self.products: set[tuple[Any, ...]] = set()  # matrix products of a kind: dtype and shapes
         self.stretches = [Stretch("")]
 
     def mark(self, label: str) -> None:
@@ -74,6 +78,9 @@ class Meter(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return 0  # of whatever dtype: there are no values to read
         result = func(*args, **kwargs)
+        if func in PRODUCTS:
+            matrices = [a for a in args if isinstance(a, Tensor)][-2:]
+            self.products.add((matrices[0].dtype, *(m.shape for m in matrices)))
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_meta]
         for tensor in made:
             self._see(tensor)

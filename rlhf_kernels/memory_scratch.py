@@ -16,6 +16,8 @@ TILE = 32  # rows of a packed tile
 LEFT_BYTES, LEAST_TILES, MOST_TILES = 16 << 20, 8, 64  # of packed rows at a time
 PANEL_BYTES = 768 << 10  # of packed columns at a time
 TILE_ROWS = 1024  # of the bf16 head at a time
+KEPT_A_SHAPE = 560_000  # oneDNN's compiled bf16 product of each shape, which it caches (measured, 0.55 to 0.60 MB)
+KEPT_FP32 = 2 << 20  # MKL's packing buffers, which it does not give back (measured, up to 1.9 MB a thread)
 
 
 def scratch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: Sequence[Tensor]) -> int:
@@ -32,6 +34,12 @@ def scratch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: S
     if name == "rlhf_kernels::linear_logprob_scaled_vectors":
         return 4 * args[1].numel() if args[1].dtype != torch.float32 else 0
     return 0
+
+
+def kept(products: set[tuple[Any, ...]]) -> int:
+    """Bytes that the vendor's libraries hold on to after products of these dtypes and shapes."""
+    narrow = sum(key[0] == torch.bfloat16 for key in products)
+    return KEPT_A_SHAPE * narrow + KEPT_FP32 * (narrow < len(products))
 
 
 def _packed(rows: int, depth: int, item: int) -> int:
@@ -74,7 +82,7 @@ def _columns(rows: int, vocabulary: int, sides: int, tiled: bool) -> int:
 
 def _head(args: tuple[Any, ...]) -> int:
     """The most that `linear_logprob` holds, its results among it."""
-    hidden, weight, reference, fields, save = args[0], args[1], args[5], args[15], args[17]
+    hidden, weight, reference, save = args[0], args[1], args[5], args[17]
     (rows, width), vocabulary, sides = hidden.shape, weight.shape[0], 1 + (reference is not None)
     vector = 4 * rows * width * (save == "grad_vector")
     states = 8 * 10 * rows * 4

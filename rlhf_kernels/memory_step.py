@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rlhf_kernels.memory_layouts import Call, Layout
 from rlhf_kernels.memory_meter import Meter, Timeline
-from rlhf_kernels.memory_scratch import scratch
+from rlhf_kernels.memory_scratch import kept, scratch
 
 LAYERS = 4  # that are traced; the one before the last is repeated
 REPEATED = LAYERS - 2
@@ -24,10 +24,11 @@ REPEATED = LAYERS - 2
 
 @dataclass(frozen=True)
 class Peak:
-    """`peak`: the most live bytes; `kept`: those at the end of the forwards."""
+    """`peak`: the most live bytes; `kept`: those at the end of the forwards; `libraries`: what libraries hold on to."""
 
     peak: int
     kept: int
+    libraries: int
 
 
 class Steps:
@@ -90,7 +91,7 @@ class Steps:
         ends = next(i for i, (stretch, _) in enumerate(timeline.stretches) if stretch.label == "backward")
         for p in parameters:
             p.grad = None
-        return Peak(timeline.peak, Timeline(timeline.stretches[:ends]).net)
+        return Peak(timeline.peak, Timeline(timeline.stretches[:ends]).net, kept(meter.products))
 
     def _score(
         self, batch: int, prompt: int, response: int, roles: tuple[str, ...], divergence: tuple[str, ...] = ()

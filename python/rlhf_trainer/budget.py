@@ -156,7 +156,7 @@ def _too_small(found: Plan, budget: int) -> UserError:
     rows = sorted((r for r in found.rows if r.phase in ("static", found.phase)), key=lambda r: -r.bytes)
     lines = ", ".join(f"{r.name} {format_bytes(r.bytes)}" for r in rows[:NAMED])
     return UserError(
-        f"memory_budget: {format_bytes(budget)} does not hold it: the plan's peak is {format_bytes(found.total)}, in the "
-        f"{found.phase}, with {format_bytes(found.static)} of weights, gradients and optimiser state; the largest "
+        f"memory_budget: {format_bytes(budget)} does not hold it: the plan's peak is {format_bytes(found.total)}, in "
+        f"the {found.phase}, with {format_bytes(found.static)} of weights, gradients and optimiser state; the largest "
         f"parts: {lines}"
     )

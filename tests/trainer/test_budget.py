@@ -40,7 +40,7 @@ def test_the_arena_is_what_the_rollout_needs_or_what_is_left(tmp_path):
     _, planned = chosen(tmp_path, "hydra-ppo", "1GiB", **many)
     others = max(peak for phase, peak in planned.peaks.items() if phase != "rollout")
     budget = (planned.peaks["rollout"] + others) // 2
-    tight, planned = chosen(tmp_path, "hydra-ppo", budget, **many)
+    _, planned = chosen(tmp_path, "hydra-ppo", budget, **many)
     assert others < planned.peaks["rollout"] <= budget
 
 
@@ -61,7 +61,7 @@ def test_rows_that_learn_from_a_file_keep_the_pairs_of_a_step(tmp_path):
 def test_a_budget_without_room_names_the_largest_parts(tmp_path):
     with pytest.raises(UserError, match=r"memory_budget: 97.66 KiB does not hold it: .* parts: base model .* KiB, "):
         chosen(tmp_path, "ppo", "100KB")
-    with pytest.raises(UserError, match="memory_budget: .*'much'"):
+    with pytest.raises(UserError, match=r"memory_budget: .*'much'"):
         tiny.config(tmp_path, memory_budget="much").validate()
 
 
