@@ -96,7 +96,7 @@ def make_model(size: str, dtype: str, folder: Path, weights: bool) -> str:
     if not weights:
         return str(place)
     other = torch.bfloat16 if dtype == "float32" else torch.float32
-    LlamaForCausalLM(config).to(other).save_pretrained(place)
+    LlamaForCausalLM(config).to(dtype=other).save_pretrained(place)
     AutoTokenizer.from_pretrained(checkpoint_path()).save_pretrained(place)
     return str(place)
 
@@ -173,7 +173,7 @@ def run(work: Work, folder: Path) -> dict[str, Any]:
         meter._library.reset_peak()
         return metrics
 
-    optimizer.step = stepped
+    optimizer.step = stepped  # type: ignore[assignment, method-assign]
     sampler = getattr(phase, "sampler", None)
     if sampler is not None:
         sampler.sample = meter.phase("rollout", sampler.sample)

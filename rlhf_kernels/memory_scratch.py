@@ -17,6 +17,7 @@ LEFT_BYTES, LEAST_TILES, MOST_TILES = 16 << 20, 8, 64  # of packed rows at a tim
 PANEL_BYTES = 768 << 10  # of packed columns at a time
 TILE_ROWS = 1024  # of the bf16 head at a time
 KEPT_A_SHAPE = 560_000  # oneDNN's compiled bf16 product of each shape, which it caches (measured, 0.55 to 0.60 MB)
+PRODUCTS = 48  # that oneDNN may cache: every length of a row is a shape of its own, and its own limit is 1,024
 KEPT_FP32 = 2 << 20  # MKL's packing buffers, which it does not give back (measured, up to 1.9 MB a thread)
 
 
@@ -30,16 +31,17 @@ def scratch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: S
     if name == "rlhf_kernels::linear_logprob":
         return max(0, _head(args) - sum(t.nbytes for t in results))
     if name == "rlhf_kernels::linear_logprob_backward":
-        return _head_backward(*args[3:5], softcap=args[15])
+        return _head_backward(args[3], args[4], args[15])
     if name == "rlhf_kernels::linear_logprob_scaled_vectors":
         return 4 * args[1].numel() if args[1].dtype != torch.float32 else 0
     return 0
 
 
-def kept(products: set[tuple[Any, ...]]) -> int:
-    """Bytes that the vendor's libraries hold on to after products of these dtypes and shapes."""
+def kept(products: set[tuple[Any, ...]], lengths_vary: bool) -> int:
+    """Bytes that the vendor's libraries hold on to after products of these dtypes and shapes, or of many more."""
     narrow = sum(key[0] == torch.bfloat16 for key in products)
-    return KEPT_A_SHAPE * narrow + KEPT_FP32 * (narrow < len(products))
+    cached = PRODUCTS if narrow and lengths_vary else min(narrow, PRODUCTS)
+    return KEPT_A_SHAPE * cached + KEPT_FP32 * (narrow < len(products))
 
 
 def _packed(rows: int, depth: int, item: int) -> int:

@@ -91,7 +91,7 @@ class Steps:
         ends = next(i for i, (stretch, _) in enumerate(timeline.stretches) if stretch.label == "backward")
         for p in parameters:
             p.grad = None
-        return Peak(timeline.peak, Timeline(timeline.stretches[:ends]).net, kept(meter.products))
+        return Peak(timeline.peak, Timeline(timeline.stretches[:ends]).net, kept(meter.products, self.layout.rollout))
 
     def _score(
         self, batch: int, prompt: int, response: int, roles: tuple[str, ...], divergence: tuple[str, ...] = ()

@@ -64,7 +64,7 @@ def memory_layout(row: Algorithm, config: TrainConfig) -> Layout:
 def sequences(row: Algorithm, config: TrainConfig) -> tuple[int, int]:
     """Completions of a rollout, and sequences of one minibatch (of pairs: pairs, for rows that learn from a file)."""
     if row.data is not None:
-        return 0, _micro_batch(config) * config.gradient_accumulation_steps
+        return 0, config.micro_batch * config.gradient_accumulation_steps
     samples = config.num_generations or 1
     trained = config.rollout_batch_size * (row.group if row.select is not None else samples)
     rollout = config.rollout_batch_size * (samples + row.greedy_baseline)
@@ -74,7 +74,7 @@ def sequences(row: Algorithm, config: TrainConfig) -> tuple[int, int]:
 def plan_of(config: TrainConfig, row: Algorithm, lengths: Lengths, batch: int | None = None, **changes: Any) -> Plan:
     """The memory plan of a run, at its own micro-batch or another."""
     rollout, minibatch = sequences(row, config)
-    batch = min(_micro_batch(config) if batch is None else batch, minibatch)
+    batch = min(config.micro_batch if batch is None else batch, minibatch)
     targets: Any = config.lora_target_modules
     settings: dict[str, Any] = {
         "batch": batch,
@@ -118,10 +118,6 @@ def fitted(config: TrainConfig, row: Algorithm, rows: Sequence[Any]) -> TrainCon
         file=sys.stderr,
     )
     return chosen if chosen.kv_memory is not None else replace(chosen, kv_memory=KV_MEMORY)
-
-
-def _micro_batch(config: TrainConfig) -> int:
-    return config.per_device_train_batch_size or MICRO_BATCH
 
 
 def _with_micro_batch(config: TrainConfig, row: Algorithm, lengths: Lengths, budget: int) -> TrainConfig:

@@ -162,6 +162,11 @@ class TrainConfig:
     report_to: list[str] = option([], "trackers, through accelerate", choices=TRACKERS)
     report: bool = option(True, "write report.html and plots at the end")
 
+    @property
+    def micro_batch(self) -> int:
+        """Sequences a micro-batch."""
+        return self.per_device_train_batch_size or MICRO_BATCH
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """From keys and values as YAML gives them; UserError for an unknown key or a value of the wrong type."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from rlhf_kernels.memory_scratch import PRODUCTS
 from rlhf_trainer import checkpoint
 from rlhf_trainer.algorithms import Algorithm, find, with_defaults
 from rlhf_trainer.budget import fitted
@@ -147,6 +148,9 @@ def build_phase(config: TrainConfig, row: Algorithm, tokenizer: Any) -> tuple[On
     """Data and rewards first (cheap, and where most mistakes are), then the models. The phase has the configuration
     that fits a memory budget.
     """
+    # A row of packed tokens has another length each time, and oneDNN would keep compiled code, 0.55 MB each, for 1,024
+    # shapes of bf16 products. It reads this at its first product.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRODUCTS))
     if row.data is not None:
         rows: list[Any] = (
             load_demonstrations(config, tokenizer)
@@ -196,10 +200,10 @@ def _as_before(config: TrainConfig) -> TrainConfig:
     saved = checkpoint.newest_state(Path(config.output_dir)) if config.resume else None
     if saved is None or config.memory_budget is None:
         return config
-    names = ("kv_memory",)
+    names = [] if config.kv_memory is not None else ["kv_memory"]
     if config.per_device_train_batch_size is None:
-        names += ("per_device_train_batch_size", "gradient_accumulation_steps")
-    return replace(config, **{n: saved["config"][n] for n in names if n != "kv_memory" or config.kv_memory is None})
+        names += ["per_device_train_batch_size", "gradient_accumulation_steps"]
+    return replace(config, **{name: saved["config"][name] for name in names})
 
 
 def _check_output(output_dir: Path, config: TrainConfig) -> None:
