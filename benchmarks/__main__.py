@@ -2,6 +2,7 @@
 
 python -m benchmarks lora --memory --json FILE     times, peak memory and targets (also: attention, gae, generation,
                                                    head, rl, sampling)
+python -m benchmarks memory --write                the memory plan beside what the trainer takes
 python -m benchmarks numerics --write              errors against float64, into docs/kernels.md
 python -m benchmarks claims --write                the papers' claims, measured, into docs/reproduction.md
 python -m benchmarks table FILES --write           tables of result files, into benchmarks/README.md
@@ -23,7 +24,8 @@ def main() -> None:
         os.environ["RLHF_KERNELS_CPU_ISA"] = args.isa  # before torch and its libraries look
         if args.isa in LIBRARY_ISA:
             os.environ["ONEDNN_MAX_CPU_ISA"] = LIBRARY_ISA[args.isa]
-    {"claims": _claims, "numerics": _numerics, "table": _table}.get(args.name, _benchmark)(args)
+    parts = {"claims": _claims, "memory": _memory, "numerics": _numerics, "table": _table}
+    parts.get(args.name, _benchmark)(args)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
             help="cap the CPU instructions of the library's GEMMs and of rlhf_kernels alike (portable: of ours alone)",
         )
         command.add_argument("--peak-of", nargs=2, metavar=("CASE", "CONTESTANT"), help=argparse.SUPPRESS)
+    memory = commands.add_parser("memory", help="planned beside measured bytes of every algorithm")
+    memory.add_argument("--only", metavar="TEXT", help="only runs whose 'algorithm size dtype' holds TEXT")
+    memory.add_argument("--json", type=Path, metavar="FILE", default=ROOT / "benchmarks/results/cpu/memory.json")
+    memory.add_argument("--again", action="store_true", help="measure anew what FILE holds already")
+    memory.add_argument("--write", action="store_true", help="write the tables into benchmarks/README.md")
     numerics = commands.add_parser("numerics", help="errors against float64, ours beside each peer's")
     numerics.add_argument("--write", action="store_true", help="write the tables into docs/kernels.md")
     claims = commands.add_parser("claims", help="the papers' claims, each measured with the trainer itself")
@@ -95,6 +102,16 @@ def _claims(args: argparse.Namespace) -> None:
     claims.run(args.scale, args.only, args.write, args.again)
 
 
+def _memory(args: argparse.Namespace) -> None:
+    from benchmarks import memory_plan, tables
+
+    result = memory_plan.run(args.only, args.json, args.again)
+    text = memory_plan.markdown(result)
+    print(text)
+    if args.write:
+        tables.write_between(ROOT / "benchmarks/README.md", "memory", text)
+
+
 def _numerics(args: argparse.Namespace) -> None:
     from benchmarks import numerics, numerics_tables, tables
 
@@ -108,7 +125,7 @@ def _table(args: argparse.Namespace) -> None:
     from benchmarks import tables
     from benchmarks.result import Result
 
-    text = tables.markdown(Result.read(path) for path in sorted(args.files))
+    text = tables.markdown(Result.read(path) for path in sorted(args.files) if path.name != "memory.json")
     print(text)
     if args.write:
         tables.write_between(ROOT / "benchmarks/README.md", "tables", text)

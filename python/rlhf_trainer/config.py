@@ -35,6 +35,8 @@ KL_ESTIMATORS = (
 )
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 
+MICRO_BATCH, KV_MEMORY = 16, "512MiB"  # where neither the user nor a memory_budget says
+
 GROUPS = {  # a section's first field: its title in --help
     "algorithm": "what is trained, on what, and what says it is good",
     "lora_r": "adapters",
@@ -80,7 +82,9 @@ class TrainConfig:
     # how long, how much at once
     total_steps: int = option(100, "online algorithms: rollouts; the others: optimiser steps", least=1)
     rollout_batch_size: int = option(64, "prompts a rollout", least=1)
-    per_device_train_batch_size: int = option(16, "sequences a micro-batch", least=1)
+    per_device_train_batch_size: int | None = option(
+        None, f"sequences a micro-batch; default: {MICRO_BATCH}, or the most that memory_budget holds", least=1
+    )
     num_mini_batches: int = option(1, "optimiser steps an epoch over one rollout", least=1)
     gradient_accumulation_steps: int = option(1, "sft and reward: micro-batches an optimiser step", least=1)
     num_ppo_epochs: int | None = option(None, "passes over one rollout", least=1)
@@ -95,6 +99,9 @@ class TrainConfig:
     adam_epsilon: float = option(1e-5, "AdamW's", above=0)
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm", above=0)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
+    memory_budget: str | int | None = option(
+        None, "bytes for all, such as 16GiB: the memory plan then sets the micro-batch and kv_memory where they are not"
+    )
 
     # generation
     max_prompt_length: int = option(512, "tokens", least=1)
@@ -107,7 +114,10 @@ class TrainConfig:
     top_p: float = option(1.0, "1: off", above=0, most=1)
     min_p: float = option(0.0, "0: off", least=0, most=1)
     num_generations: int | None = option(None, "samples a prompt", least=1)
-    kv_memory: str | int = option("512MiB", "bytes of the KV arena, such as 536870912, 512MiB or 2GiB")
+    kv_memory: str | int | None = option(
+        None,
+        f"bytes of the KV arena, such as 2GiB; default: {KV_MEMORY}, or what memory_budget leaves of the rollout's",
+    )
     slice_tokens: int = option(16, "tokens a KV slice", least=1)
     max_active: int | None = option(None, "most sequences decoded at once; default: as many as fit", least=1)
     stop_token_ids: list[int] = option([], "end a completion as end-of-sequence does", least=0)
@@ -157,6 +167,11 @@ class TrainConfig:
     num_sample_completions: int = option(8, "completions recorded at each evaluation", least=0)
     report_to: list[str] = option([], "trackers, through accelerate", choices=TRACKERS)
     report: bool = option(True, "write report.html and plots at the end")
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences a micro-batch."""
+        return self.per_device_train_batch_size or MICRO_BATCH
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -214,7 +229,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def check_combinations(config: TrainConfig) -> None:
     """UserError for values that are fine alone but not together, and for paths that are not there."""
     _check_device(config.device)
-    _check_kv_memory(config.kv_memory)
+    for name in ("kv_memory", "memory_budget"):
+        _check_bytes(name, getattr(config, name))
     _check_trackers(config.report_to)
     for key in ("model", "reward_model", "prompts", "eval_prompts", "demonstrations"):
         _check_path(key, getattr(config, key))
@@ -258,13 +274,13 @@ def _check_device(device: str) -> None:
         raise UserError(f"device: {device!r} is not cpu, cuda or cuda:N")
 
 
-def _check_kv_memory(value: str | int) -> None:
+def _check_bytes(name: str, value: str | int | None) -> None:
     from rlhf_kernels.memory_size import parse_bytes
 
     try:
-        parse_bytes(value)
+        parse_bytes(0 if value is None else value)
     except ValueError as error:
-        raise UserError(f"kv_memory: {error}") from error
+        raise UserError(f"{name}: {error}") from error
 
 
 def _check_trackers(names: list[str]) -> None:

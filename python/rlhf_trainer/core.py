@@ -7,15 +7,17 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from rlhf_kernels.memory_scratch import PRODUCTS
 from rlhf_trainer import checkpoint
 from rlhf_trainer.algorithms import Algorithm, find, with_defaults
+from rlhf_trainer.budget import fitted
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.data import load_demonstrations, load_preferences, load_prompts
 from rlhf_trainer.errors import UserError, one_line
@@ -36,6 +38,7 @@ FREE_ON_RESUME = {
     "kv_memory",
     "logging_steps",
     "max_active",
+    "memory_budget",
     "num_sample_completions",
     "output_dir",
     "report",
@@ -64,7 +67,7 @@ def train(config: TrainConfig) -> TrainResult:
     Raises UserError, before anything is written, for input that cannot work; RewardError, after saving a checkpoint,
     when a reward fails.
     """
-    config = with_defaults(config.validate())
+    config = _as_before(with_defaults(config.validate()))
     row = find(config.algorithm)
     output_dir = Path(config.output_dir)
     _check_output(output_dir, config)
@@ -72,6 +75,7 @@ def train(config: TrainConfig) -> TrainResult:
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config)
     phase, policy = build_phase(config, row, tokenizer)
+    config = phase.config
     found = checkpoint.load(output_dir) if config.resume else None
     start = 0
     if found is not None:
@@ -141,7 +145,12 @@ def _step(phase: Online | Offline, policy: Policy, step: int, config: TrainConfi
 
 
 def build_phase(config: TrainConfig, row: Algorithm, tokenizer: Any) -> tuple[Online | Offline, Policy]:
-    """Data and rewards first (cheap, and where most mistakes are), then the models."""
+    """Data and rewards first (cheap, and where most mistakes are), then the models. The phase has the configuration
+    that fits a memory budget.
+    """
+    # A row of packed tokens has another length each time, and oneDNN would keep compiled code, 0.55 MB each, for 1,024
+    # shapes of bf16 products. It reads this at its first product.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRODUCTS))
     if row.data is not None:
         rows: list[Any] = (
             load_demonstrations(config, tokenizer)
@@ -149,6 +158,7 @@ def build_phase(config: TrainConfig, row: Algorithm, tokenizer: Any) -> tuple[On
             else load_preferences(config, tokenizer)
         )
         eval_prompts = load_prompts(config, tokenizer, "eval_prompts") if config.reward else []
+        config = fitted(config, row, rows)
         rewards = build_rewards(config)
         policy = build(config, row)
         sampler = build_sampler(config, policy, tokenizer, rewards) if eval_prompts else None
@@ -157,6 +167,7 @@ def build_phase(config: TrainConfig, row: Algorithm, tokenizer: Any) -> tuple[On
     prompts = load_prompts(config, tokenizer)
     eval_prompts = load_prompts(config, tokenizer, "eval_prompts")
     demonstrations = load_demonstrations(config, tokenizer, "demonstrations") if config.demonstrations else []
+    config = fitted(config, row, [*prompts, *eval_prompts, *demonstrations])
     rewards = build_rewards(config)
     policy = build(config, row)
     updates = config.total_steps * (config.num_ppo_epochs or 1) * config.num_mini_batches
@@ -182,6 +193,17 @@ def _check_device(device: str) -> None:
     index = int(device.partition(":")[2] or 0)
     if index >= torch.cuda.device_count():
         raise UserError(f"device: {device!r} is not there; PyTorch sees {torch.cuda.device_count()} CUDA devices")
+
+
+def _as_before(config: TrainConfig) -> TrainConfig:
+    """A resumed run keeps the micro-batch and the arena that a memory budget gave it."""
+    saved = checkpoint.newest_state(Path(config.output_dir)) if config.resume else None
+    if saved is None or config.memory_budget is None:
+        return config
+    names = [] if config.kv_memory is not None else ["kv_memory"]
+    if config.per_device_train_batch_size is None:
+        names += ["per_device_train_batch_size", "gradient_accumulation_steps"]
+    return replace(config, **{name: saved["config"][name] for name in names})
 
 
 def _check_output(output_dir: Path, config: TrainConfig) -> None:

@@ -30,7 +30,7 @@ class Offline:
     eval_prompts: list[Prompt] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        batch = self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+        batch = self.config.micro_batch * self.config.gradient_accumulation_steps
         self.order = BatchOrder(len(self.rows), batch, self.config.seed)
         check_rows(self.rows, self.model.base_model(self.row.trained[0]))
         if self.sampler is not None:
@@ -52,7 +52,7 @@ class Offline:
         tokens = sum(completion_tokens(row) for row in batch)
         counts = Counts(float(tokens), float(len(batch)))
         totals: dict[str, float] = {}
-        size = self.config.per_device_train_batch_size
+        size = self.config.micro_batch
         for first in range(0, len(batch), size):
             share = self.row.loss(self.model, batch[first : first + size], counts, self.config)
             share.value.backward()

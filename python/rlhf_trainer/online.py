@@ -43,7 +43,7 @@ class Online:
         self.sampler.check((*self.prompts, *self.eval_prompts), self.params)
         if self.demonstrations:
             check_rows(self.demonstrations, self.model.base_model("actor"))
-            rows = config.per_device_train_batch_size
+            rows = config.micro_batch
             self.mixed = BatchOrder(len(self.demonstrations), rows, config.seed)
 
     @property
@@ -145,7 +145,7 @@ class Online:
         counts = Counts(float(rollout.completion_lengths[whole].sum()), float(len(groups)))
         totals: dict[str, float] = {}
         difference = 0.0
-        for index in whole.split(max(self.config.per_device_train_batch_size // size, 1) * size):
+        for index in whole.split(max(self.config.micro_batch // size, 1) * size):
             batch = rollout.select(index)
             share = self.row.loss(self.model, batch, counts, self.config)
             share.value.backward()

@@ -190,7 +190,7 @@ class ClassifierReward:
         if self.model.config.get_text_config().pad_token_id is None:  # where decoders look for a row's last token
             self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.model.to(config.device).eval().requires_grad_(False)
-        self.batch = config.per_device_train_batch_size
+        self.batch = config.micro_batch
         self.limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float]:

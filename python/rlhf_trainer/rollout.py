@@ -189,7 +189,7 @@ def read(
     divergence: "kl" or "js", the exact one between actor and reference over the vocabulary.
     """
     found: dict[str, list[Tensor]] = {}
-    for index in torch.arange(len(rollout), device=rollout.lengths.device).split(config.per_device_train_batch_size):
+    for index in torch.arange(len(rollout), device=rollout.lengths.device).split(config.micro_batch):
         part = rollout.select(index)
         out = model.score(
             part.tokens,

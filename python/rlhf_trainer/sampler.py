@@ -9,7 +9,7 @@ import torch
 from rlhf_kernels.generation import KVBudgetError, SamplingParams, SlicedGenerator
 from rlhf_kernels.generation import Rollout as GeneratedRollout
 from rlhf_kernels.nn import HydraModel
-from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.config import KV_MEMORY, TrainConfig
 from rlhf_trainer.data import Prompt
 from rlhf_trainer.errors import UserError, one_line
 from rlhf_trainer.rewards import RewardSum
@@ -35,7 +35,7 @@ class Sampler:
     def __post_init__(self) -> None:
         config = self.config
         self.generator = SlicedGenerator(
-            self.model, config.kv_memory, slice_tokens=config.slice_tokens, max_active=config.max_active
+            self.model, config.kv_memory or KV_MEMORY, slice_tokens=config.slice_tokens, max_active=config.max_active
         )
 
     def params(self, **changes: Any) -> SamplingParams:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_kernels.ops.lora.autograd import apply
+from rlhf_kernels.ops.registry import under_autocast
 
 if TYPE_CHECKING:
     from rlhf_kernels.nn.lora import LoRALinear
@@ -142,7 +143,7 @@ def project(
 
 def _state(x: Tensor) -> tuple[object, ...]:
     """What else an output of x depends on: writes to x, and the modes the op runs under."""
-    autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    autocast = torch.get_autocast_dtype(x.device.type) if under_autocast(x) else None
     return x._version, torch.is_grad_enabled(), autocast
 
 

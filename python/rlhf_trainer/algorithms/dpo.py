@@ -78,7 +78,7 @@ def prepare(model: HydraModel, rows: list[Preference], config: TrainConfig) -> l
     """
     if not config.precompute_ref_logprobs:
         return rows
-    role, size = "reference" if config.lora_r else "actor", config.per_device_train_batch_size
+    role, size = "reference" if config.lora_r else "actor", config.micro_batch
     found: list[Preference] = []
     for first in range(0, len(rows), size):
         part = rows[first : first + size]

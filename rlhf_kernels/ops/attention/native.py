@@ -54,6 +54,7 @@ def _no_second(ctx: Any, *grads: Tensor | None) -> None:
 if AVAILABLE:
     for op in ("varlen_attention", "sliced_attention", "sliced_step", "arena_write"):
         serves(op, "native", ["cpu"], [torch.float32, torch.bfloat16])
+    serves("varlen_attention", "native", ["meta"], [torch.float32, torch.bfloat16])  # it keeps what the CPU's keeps
     torch.library.register_fake("rlhf_kernels::varlen_attention_forward")(_forward_shapes)
     torch.library.register_fake("rlhf_kernels::varlen_attention_backward")(_backward_shapes)
     torch.library.register_fake("rlhf_kernels::sliced_attention_forward")(_sliced_shapes)

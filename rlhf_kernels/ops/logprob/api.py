@@ -14,7 +14,7 @@ from rlhf_kernels.ops.logprob.outputs import FIELDS, SAMPLED, LinearLogprobOutpu
 
 Save = Literal["auto", "grad_vector", "recompute", "logits"]
 
-registry.serves("linear_logprob", "native", ("cpu", "cuda"), HALF_AND_SINGLE)
+registry.serves("linear_logprob", "native", ("cpu", "cuda", "meta"), HALF_AND_SINGLE)  # meta: a memory plan
 registry.serves("linear_logprob", "triton", registry.triton_devices(), HALF_AND_SINGLE)
 
 
