@@ -53,13 +53,14 @@ class Plan:
 
     @property
     def peaks(self) -> dict[str, int]:
-        return self._peaks(self.batch)
+        return self.peaks_at(self.batch)
 
     def at_batch(self, batch: int) -> int:
         """The peak at another batch."""
-        return max(self._peaks(batch).values())
+        return max(self.peaks_at(batch).values())
 
-    def _peaks(self, batch: int) -> dict[str, int]:
+    def peaks_at(self, batch: int) -> dict[str, int]:
+        """`peaks` at another batch."""
         gradients = sum(row.gradients for row in self.fixed)
         found: dict[str, int] = {}
         for row in self.growing(batch):

@@ -41,7 +41,8 @@ def kept(products: set[tuple[Any, ...]], lengths_vary: bool) -> int:
     """Bytes that the vendor's libraries hold on to after products of these dtypes and shapes, or of many more."""
     narrow = sum(key[0] == torch.bfloat16 for key in products)
     cached = PRODUCTS if narrow and lengths_vary else min(narrow, PRODUCTS)
-    return KEPT_A_SHAPE * cached + KEPT_FP32 * (narrow < len(products))
+    single = (4 * (m.numel() + k.numel()) for dtype, m, k in products if dtype == torch.float32)
+    return KEPT_A_SHAPE * cached + min(KEPT_FP32, max(single, default=0))
 
 
 def _packed(rows: int, depth: int, item: int) -> int:

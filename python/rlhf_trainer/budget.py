@@ -125,14 +125,16 @@ def _with_micro_batch(config: TrainConfig, row: Algorithm, lengths: Lengths, bud
     _, minibatch = sequences(row, config)
     least = replace(config, kv_memory=config.kv_memory or 0)
 
-    def peak(batch: int) -> int:
-        peaks = plan_of(least, row, lengths, batch * row.group).peaks
+    def others(peaks: dict[str, int]) -> int:
         return max(value for phase, value in peaks.items() if phase != "rollout")
 
     groups = minibatch // row.group
-    found = 1 if groups == 1 else min(largest(lambda b: peak(min(b, groups)) + (b > groups) * budget, budget), groups)
-    if found == 0:
-        raise _too_small(plan_of(least, row, lengths, row.group), budget)
+    found = groups
+    if others(plan_of(least, row, lengths, groups * row.group).peaks) > budget:  # several, then
+        several = plan_of(least, row, lengths, row.group, micro_batches=2)
+        found = min(largest(lambda n: others(several.peaks_at(n * row.group)), budget), groups - 1)
+        if found <= 0:
+            raise _too_small(several, budget)
     size = found * row.group
     if row.data is None:
         return replace(config, per_device_train_batch_size=size)

@@ -170,23 +170,15 @@ def real_sentences() -> float:
 
 def memory_rows(base: Path) -> list[Any]:
     """(plan, measured) for every algorithm, from the largest layout to the smallest."""
-    from rlhf_kernels.memory import plan
+    from rlhf_trainer.algorithms import find, with_defaults
+    from rlhf_trainer.budget import Lengths, plan_of
     from rlhf_trainer.demo import measure, settings
 
     rows = []
     for algorithm in ("ppo", "lora-ppo", "j-hydra-ppo", "hydra-ppo", "remax"):
         got = measure.in_fresh_process(algorithm, base)
-        planned = plan(
-            str(base),
-            algorithm,
-            batch=got.batch,
-            prompt=got.prompt_tokens,
-            response=got.completion_tokens,
-            lora_rank=settings.ADAPTERS["lora_r"],
-            dtype="float32",
-            kv_memory=settings.COMMON["kv_memory"],
-            reward_model=algorithm != "remax",  # its reference and its reward head share one frozen copy
-        )
+        config = with_defaults(settings.online(algorithm, base, base))
+        planned = plan_of(config, find(algorithm), Lengths(got.prompt_tokens, got.completion_tokens))
         rows.append((planned, got))
     return rows
 
