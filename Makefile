@@ -36,10 +36,11 @@ kernels: build
 	$(BIN)/python -m benchmarks.kernels
 
 # on a quiet machine: about twenty minutes
-bench: .venv/.bench
+bench: .venv/.bench .venv/.trl
 	$(BIN)/python -m benchmarks head --memory --json benchmarks/results/cpu/head.json
 	$(BIN)/python -m benchmarks lora --memory --json benchmarks/results/cpu/lora.json
 	$(BIN)/python -m benchmarks generation --json benchmarks/results/cpu/generation.json
+	$(BIN)/python -m benchmarks rl --json benchmarks/results/cpu/rl.json
 	$(BIN)/python -m benchmarks table benchmarks/results/*/*.json --write
 
 wheel: .venv/.tools
@@ -60,6 +61,14 @@ build: .venv/.built
 # the peers of the extra `bench`; without them the tables say "not installed"
 .venv/.bench: .venv/.built
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt trl liger-kernel cut-cross-entropy
+	touch $@
+
+# the last TRL with PPO, in an environment of its own: `python -m benchmarks rl` looks for it here
+.venv/.trl: .venv/.tools benchmarks/trl029.txt
+	rm -rf $@
+	$(PYTHON) -m venv $@
+	$@/bin/pip install -q --disable-pip-version-check -c benchmarks/trl029.txt torch
+	$@/bin/pip install -q --disable-pip-version-check -c benchmarks/trl029.txt trl transformers peft accelerate datasets
 	touch $@
 
 clean:

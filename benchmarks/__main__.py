@@ -1,9 +1,10 @@
 """Times the ops beside their peers, reports their errors, and renders the results.
 
 python -m benchmarks lora --memory --json FILE     times, peak memory and targets (also: attention, gae, generation,
-                                                   head, sampling)
+                                                   head, rl, sampling)
 python -m benchmarks memory --write                the memory plan beside what the trainer takes
 python -m benchmarks numerics --write              errors against float64, into docs/kernels.md
+python -m benchmarks claims --write                the papers' claims, measured, into docs/reproduction.md
 python -m benchmarks table FILES --write           tables of result files, into benchmarks/README.md
 """
 
@@ -23,7 +24,8 @@ def main() -> None:
         os.environ["RLHF_KERNELS_CPU_ISA"] = args.isa  # before torch and its libraries look
         if args.isa in LIBRARY_ISA:
             os.environ["ONEDNN_MAX_CPU_ISA"] = LIBRARY_ISA[args.isa]
-    {"memory": _memory, "numerics": _numerics, "table": _table}.get(args.name, _benchmark)(args)
+    parts = {"claims": _claims, "memory": _memory, "numerics": _numerics, "table": _table}
+    parts.get(args.name, _benchmark)(args)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(dest="name", required=True)
-    for name in ("attention", "gae", "generation", "head", "lora", "sampling"):
+    for name in ("attention", "gae", "generation", "head", "lora", "rl", "sampling"):
         command = commands.add_parser(name)
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         command.add_argument("--rounds", type=int, help="timed runs of each contestant (5; on a GPU 20)")
@@ -54,6 +56,11 @@ def parser() -> argparse.ArgumentParser:
     memory.add_argument("--write", action="store_true", help="write the tables into benchmarks/README.md")
     numerics = commands.add_parser("numerics", help="errors against float64, ours beside each peer's")
     numerics.add_argument("--write", action="store_true", help="write the tables into docs/kernels.md")
+    claims = commands.add_parser("claims", help="the papers' claims, each measured with the trainer itself")
+    claims.add_argument("--scale", choices=("cpu", "h200", "tiny"), default="cpu", help="which models, on which device")
+    claims.add_argument("--only", metavar="PART", nargs="+", default=(), help="memory, exact, latency, remax, ...")
+    claims.add_argument("--write", action="store_true", help="keep the records and write docs/reproduction.md")
+    claims.add_argument("--again", action="store_true", help="measure nothing: tables of the records that are there")
     table = commands.add_parser("table", help="tables of result files")
     table.add_argument("files", nargs="*", type=Path)
     table.add_argument("--write", action="store_true", help="write the tables into benchmarks/README.md")
@@ -87,6 +94,12 @@ def _benchmark(args: argparse.Namespace) -> None:
 
 def _progress(result: object, case: str) -> None:
     print(f"timed: {case}", file=sys.stderr, flush=True)
+
+
+def _claims(args: argparse.Namespace) -> None:
+    from benchmarks import claims
+
+    claims.run(args.scale, args.only, args.write, args.again)
 
 
 def _memory(args: argparse.Namespace) -> None:

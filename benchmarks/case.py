@@ -60,6 +60,14 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What a contestant in a process of its own found besides its time: its peak there, and further columns."""
+
+    peak_bytes: int
+    figures: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Case:
     """One piece of work.
 
@@ -72,7 +80,8 @@ class Case:
 
     `tokens`: how many tokens a contestant's run is worth. Contestants may then do different amounts of the work, and
     speeds and targets in time compare times a token. `warmed`: contestants warm up as they are prepared, since a whole
-    run of the slow ones would take as long as the measurement.
+    run of the slow ones would take as long as the measurement. `measured()` gives, after the clock, what contestants in
+    processes of their own found there.
     """
 
     name: str
@@ -87,6 +96,7 @@ class Case:
     extra: bool = False
     tokens: Mapping[str, int] = field(default_factory=dict)
     warmed: bool = False
+    measured: Callable[[], Mapping[str, Measure]] | None = None
 
 
 def ready(run: Run) -> Prepare:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from benchmarks import generation_budget as budget
 from benchmarks.case import OURS, Case, Check, Prepare, Target
 from benchmarks.generation_ours import RANK, SEPARATE, Sharing, Sliced, host_share, queued, with_adapter
-from benchmarks.generation_peers import CONTINUOUS, GENERATE, Continuous, Static
+from benchmarks.generation_peers import CONTINUOUS, DEFAULTS, GENERATE, Continuous, Static
 from benchmarks.generation_work import Lengths, Llama, Work, whole_bytes
 from rlhf_kernels.generation import GenerationStats
 
@@ -51,7 +51,10 @@ SCALES = {
         batches=(
             Static(64, 128), Static(128, 128), Static(64, 128, "prompt"), Static(64, 128, "length"),
         ),
-        targets=(Target(GENERATE, at_least=5), Target(CONTINUOUS, at_least=15)),
+        targets=(
+            Target(GENERATE, at_least=5), Target(f"{CONTINUOUS},", at_least=15),
+            Target(CONTINUOUS + DEFAULTS, at_least=15),
+        ),
         continuous=(32, 64), few=64, shared_prompt=96, shared_new=32, rows=(1, 2, 4, 8, 16, 32, 64),
     ),
     "cuda": Scale(  # Llama-3-8B
@@ -104,6 +107,7 @@ def _against_peers(
     draws, of = work.draw(), work.prompts
     kv_tokens = kv_memory // scale.model.token_bytes()
     continuous = [Continuous(n, min(of, 2 * n), kv_tokens) for n in active]
+    continuous += [Continuous(n, min(of, 2 * n), kv_tokens, tuned=False) for n in active[-1:]]
     peers: list[Static | Continuous] = [*batches, *continuous]
 
     def build(tiny: bool) -> dict[str, Prepare]:

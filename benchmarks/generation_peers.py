@@ -21,6 +21,7 @@ from benchmarks.peers import attribute
 GENERATE = "generate, batch"  # how the names of those begin that a user can run
 TOLD = "generate told the lengths"
 CONTINUOUS = "continuous batching"
+DEFAULTS = " at its defaults"
 PAGE_TOKENS = 16  # tried 16 to 256: on the CPU no difference, and small ones waste no bytes
 BATCH_TOKENS = {"cpu": 512, "cuda": 8192}  # of continuous batching's steps; tried 128 to 1024 on the CPU
 WARM_TOKENS = 2
@@ -98,14 +99,16 @@ def sampling(**changes: Any) -> Any:
 
 @dataclass(frozen=True)
 class Continuous:
-    """`prompts` of them, at most `active` at a time, in `kv_tokens` tokens of cache."""
+    """`prompts` of them, at most `active` at a time, in `kv_tokens` tokens of cache; or all as it is by default."""
 
     active: int
     prompts: int
     kv_tokens: int
+    tuned: bool = True
 
     def name(self, of: int) -> str:
-        return f"{CONTINUOUS}, {self.active} active{subset(self.prompts, of)}"
+        how = f", {self.active} active" if self.tuned else DEFAULTS
+        return f"{CONTINUOUS}{how}{subset(self.prompts, of)}"
 
     def contestant(self, model: Any, draws: Draws) -> Prepare:
         def prepare() -> Run:
@@ -133,14 +136,10 @@ class Continuous:
 
     @contextmanager
     def _manager(self, model: Any) -> Iterator[Any]:
-        """Prompts share nothing here, so looking for shared blocks would only cost."""
+        """Tuned: prompts share nothing here, so looking for shared blocks would only cost."""
         config = attribute("transformers.generation.configuration_utils", "ContinuousBatchingConfig")(
-            page_size=PAGE_TOKENS,
-            num_blocks=-(-self.kv_tokens // PAGE_TOKENS),
-            max_batch_tokens=BATCH_TOKENS[model.device.type],
-            max_requests_per_batch=self.active,
-            allow_block_sharing=False,
             auto_switch_to_flash=find_spec("flash_attn") is not None,  # else it looks for kernels on the network
+            **(self._tuning(model.device.type) if self.tuned else {}),
         )
         options = sampling(max_new_tokens=1, eos_token_id=-1)
         with (
@@ -150,3 +149,12 @@ class Continuous:
             ) as manager,
         ):
             yield manager
+
+    def _tuning(self, device: str) -> dict[str, Any]:
+        return {
+            "page_size": PAGE_TOKENS,
+            "num_blocks": -(-self.kv_tokens // PAGE_TOKENS),
+            "max_batch_tokens": BATCH_TOKENS[device],
+            "max_requests_per_batch": self.active,
+            "allow_block_sharing": False,
+        }

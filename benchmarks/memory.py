@@ -31,8 +31,10 @@ def peak_of(case: Case, contestant: str, device: str) -> int:
     """In the fresh process: warms up, makes the inputs, runs the contestant once."""
     _prepare(case, contestant, tiny=True)()
     run = _prepare(case, contestant, tiny=False)
-    gc.collect()
-    return _cuda_growth(run) if device == "cuda" else _resident_growth(run)
+    settle(device)  # what the warm-up freed is not to serve the run
+    before = peak_bytes(device)
+    run()
+    return peak_bytes(device) - before
 
 
 def _prepare(case: Case, contestant: str, tiny: bool) -> Run:
@@ -42,26 +44,35 @@ def _prepare(case: Case, contestant: str, tiny: bool) -> Run:
     return contestants[contestant]()
 
 
-def _cuda_growth(run: Run) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+def settle(device: str = "cpu") -> None:
+    """Gives freed memory back and starts the peak anew from what is held now.
 
-
-def _resident_growth(run: Run) -> int:
-    """Linux lets a process set its peak back to what is resident now; elsewhere the old peak is the floor."""
+    Linux lets a process set its peak back to what is resident; elsewhere the old peak is the floor.
+    """
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what the warm-up freed is not to serve the run
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
         pass
-    before = _status_bytes("VmHWM")
-    run()
-    return _status_bytes("VmHWM") - before
+
+
+def held_bytes(device: str = "cpu") -> int:
+    """What the process holds now: resident, or of a CUDA device's memory in tensors."""
+    return torch.cuda.memory_allocated() if device.startswith("cuda") else _status_bytes("VmRSS")
+
+
+def peak_bytes(device: str = "cpu") -> int:
+    """The most it held since `settle`."""
+    if not device.startswith("cuda"):
+        return _status_bytes("VmHWM")
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
 
 
 def _status_bytes(name: str) -> int:

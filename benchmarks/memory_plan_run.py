@@ -96,7 +96,8 @@ def make_model(size: str, dtype: str, folder: Path, weights: bool) -> str:
     if not weights:
         return str(place)
     other = torch.bfloat16 if dtype == "float32" else torch.float32
-    LlamaForCausalLM(config).to(dtype=other).save_pretrained(place)
+    model: Any = LlamaForCausalLM(config)
+    model.to(other).save_pretrained(place)
     AutoTokenizer.from_pretrained(checkpoint_path()).save_pretrained(place)
     return str(place)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from benchmarks import attention, gae, generation, head, lora, sampling
+from benchmarks import attention, gae, generation, head, lora, rl, sampling
 from benchmarks.case import Case
 
 BENCHMARKS: dict[str, Callable[[str], Iterable[Case]]] = {
@@ -11,5 +11,6 @@ BENCHMARKS: dict[str, Callable[[str], Iterable[Case]]] = {
     "generation": generation.cases,
     "head": head.cases,
     "lora": lora.cases,
+    "rl": rl.cases,
     "sampling": sampling.cases,
 }

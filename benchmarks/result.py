@@ -19,6 +19,7 @@ class Timing:
     peak_bytes: int | None = None  # above the inputs
     unavailable: str = ""
     tokens: int | None = None  # that a run is worth; ratios are then of times a token
+    figures: dict[str, str] = field(default_factory=dict)  # further columns
 
     @property
     def cost(self) -> float | None:

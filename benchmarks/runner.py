@@ -82,9 +82,11 @@ def time_case(case: Case, rounds: int, device: str = "cpu", who: Collection[str]
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     gc.collect()
     gc.freeze()  # what is there now (the libraries' modules, mostly) takes 0.2 s to go through, each time
-    for _ in range(rounds):
-        gc.collect()
-        for name, run in runs.items():
+    order = list(runs.items())
+    for turn in range(rounds):
+        gc.collect()  # who comes first after it has the coldest caches: each in turn
+        first = turn % len(order) if order else 0
+        for name, run in order[first:] + order[:first]:
             if not found[name].unavailable and within_budget(case, seconds[name], repeats[name]):
                 try:
                     seconds[name].append(_seconds(run, device, repeats[name]))
@@ -96,6 +98,8 @@ def time_case(case: Case, rounds: int, device: str = "cpu", who: Collection[str]
         s = seconds[name]
         timing.median_s, timing.min_s, timing.max_s, timing.rounds = statistics.median(s), min(s), max(s), len(s)
     base = timed[case.base].cost if case.base in timed else None
+    for name, measure in (case.measured() if case.measured else {}).items():
+        found[name].peak_bytes, found[name].figures = measure.peak_bytes, dict(measure.figures)
     for timing in timed.values():
         timing.ratio = base / timing.cost if base and timing.cost else None
     return list(found.values())

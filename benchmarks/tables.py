@@ -35,12 +35,19 @@ def provenance(result: Result) -> str:
 
 
 def columns(timings: list[Timing]) -> tuple[str, ...]:
-    return (COLUMNS[0], RATE, *COLUMNS[1:]) if any(t.tokens for t in timings) else COLUMNS
+    rate = (RATE,) if any(t.tokens for t in timings) else ()
+    return (COLUMNS[0], *rate, *COLUMNS[1:], *_figures(timings))
+
+
+def _figures(timings: list[Timing]) -> list[str]:
+    """The names of further columns."""
+    return list(dict.fromkeys(name for timing in timings for name in timing.figures))
 
 
 def rows(timings: list[Timing]) -> list[list[str]]:
     """The rows of `columns`."""
-    found = [cells(timing) for timing in timings]
+    further = _figures(timings)
+    found = [cells(timing) + [timing.figures.get(name, "") for name in further] for timing in timings]
     if RATE in columns(timings):
         for row, timing in zip(found, timings):
             row.insert(1, f"{1 / timing.cost:.0f}" if timing.tokens and timing.cost else "")

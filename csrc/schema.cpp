@@ -76,6 +76,12 @@ STABLE_TORCH_LIBRARY(rlhf_kernels, m) {
       "rotate_write(Tensor(a!) q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(b!) keys, Tensor(c!) values, "
       "Tensor slots) -> ()");
 
+  m.def(
+      "decoder_step(Tensor ids, Tensor positions, Tensor wanted, Tensor embedding, Tensor[] weights, Tensor[] biases, "
+      "Tensor[] vectors, Tensor[] adapters, float scaling, Tensor norm, Tensor head, float[] norms, Tensor cos, "
+      "Tensor sin, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor slots, Tensor slice_table, Tensor context_lens, "
+      "Tensor cu_q, float[] scales, int[] windows, float[] softcaps) -> Tensor");
+
   // advantage
   m.def(
       "gae_rows(Tensor rewards, Tensor values, Tensor? mask, Tensor starts, Tensor last_value, float gamma, float lam) "

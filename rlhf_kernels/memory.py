@@ -141,7 +141,7 @@ def plan(
     budget_bytes = None if budget is None else parse_bytes(budget, "budget")
     model = meta_model(config_or_path, dtype)
     static = tuple(static_rows(model, layout, lora_rank, target_modules, MOMENTS[optimizer]))
-    temporaries = optimizer_temporaries(static, MOMENTS[optimizer])
+    temporaries = optimizer_temporaries(static)
     shape = _Shape(
         model, layout, prompt, response, kv_bytes, rollout, lora_rank, target_modules, gradient_checkpointing,
         micro_batches > 1, temporaries, divergence,

@@ -20,7 +20,6 @@ class PlanRow:
     other: int = 0
     phase: str = "static"
     exact: bool = True
-    trained: int = 0  # numbers that the optimiser moves
     narrow: int = 0  # of those, the ones of less than fp32, which have a master
 
     @property
@@ -65,13 +64,9 @@ def adapter_parameters(model: Any, rank: int, target_modules: str | list[str] = 
     return tensors
 
 
-def optimizer_temporaries(rows: Iterable[PlanRow], moments: int) -> int:
-    """AdamW over lists of tensors holds the root of the second moment of one group at a time; masters get fp32
-    gradients of their own while it steps.
-    """
-    found = [row for row in rows if row.trained]
-    roots = 4 * max((row.trained for row in found), default=0) if moments else 0
-    return roots + 4 * sum(row.narrow for row in found)
+def optimizer_temporaries(rows: Iterable[PlanRow]) -> int:
+    """While the optimiser steps, masters have fp32 gradients in the place of the narrow ones, which count above."""
+    return 2 * sum(row.narrow for row in rows)
 
 
 def _bias(head: Any) -> list[Any]:
@@ -87,9 +82,8 @@ def _trained(name: str, tensors: list[Any], moments: int, idle: list[Any]) -> Pl
     active = [t for t in tensors if not any(t is other for other in idle)]
     masters = sum(4 * t.numel() for t in tensors if t.element_size() < 4)
     state = sum(4 * moments * t.numel() + (4 if moments else 0) for t in active)
-    numbers = sum(t.numel() for t in active)
     narrow = sum(t.numel() for t in active if t.element_size() < 4)
-    return PlanRow(name, _nbytes(tensors), _nbytes(active), masters + state, trained=numbers, narrow=narrow)
+    return PlanRow(name, _nbytes(tensors), _nbytes(active), masters + state, narrow=narrow)
 
 
 def _heads(layout: Layout, hidden: int, moments: int) -> PlanRow:

@@ -9,11 +9,11 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <tuple>
 #include <vector>
 
 #include "attention_plan.h"
+#include "attention_run.h"
 #include "buffer.h"
 
 using torch::stable::Tensor;
@@ -28,115 +28,23 @@ Tensor dense_rows(const Tensor& x) { return x.stride(2) == 1 || x.size(2) == 1 ?
 
 bool is_float(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::Float; }
 
-// One thread's memory for as long as it lives: an allocation a call would be as long as a short call's work.
-float* scratch_of_thread(int64_t floats) {
-  thread_local std::unique_ptr<Buffer<float>> held;
-  thread_local int64_t size = 0;
-  if (floats > size) {
-    held.reset();
-    held = std::make_unique<Buffer<float>>(floats);
-    size = floats;
-  }
-  return held->data;
-}
-
-const int32_t* checked_borders(const Tensor& borders, int64_t tokens) {
-  STD_TORCH_CHECK(borders.size(0) >= 1, "borders: empty");
-  const auto* b = static_cast<const int32_t*>(borders.data_ptr());
-  bool good = b[0] == 0 && b[borders.size(0) - 1] == tokens;
-  for (int64_t i = 1; i < borders.size(0); ++i) good = good && b[i - 1] <= b[i];
-  STD_TORCH_CHECK(good, "borders: not a rise from 0 to the number of tokens");
-  return b;
-}
-
 Options options_of(const Tensor& q, int64_t kv_heads, int64_t dv, double scale, int64_t window, double softcap) {
   return {q.size(2), dv, q.size(1) / kv_heads, static_cast<float>(scale), window, static_cast<float>(softcap)};
 }
 
-// The tensors of a forward pass as its jobs see them.
-template <typename T>
-struct Operands {
-  const T *q, *k, *v;
-  int64_t q_token, q_head, k_token, k_head, v_token, v_head;
-  T* out;
-  int64_t heads, kv_heads;
-  float* lse = nullptr;
-  const int32_t* borders = nullptr;  // of packed sequences; null: they lie in slices
-  SliceTable table = {};
-  int64_t k_slice = 0, v_slice = 0;
-
-  KeyRows<T> keys(int64_t sequence, int64_t head) const {
-    const T *k0 = k + head * k_head, *v0 = v + head * v_head;
-    if (borders) return {k0 + borders[sequence] * k_token, v0 + borders[sequence] * v_token, k_token, v_token};
-    return {k0, v0, k_token, v_token, table.row(sequence), table.slice_tokens, k_slice, v_slice};
-  }
-};
-
-// A job and what it points to.
-template <typename T>
-struct Unit {
-  ForwardJob<T> job;
-  std::vector<Token<T>> tokens;
-  std::vector<Phase<T>> phases;
-
-  void set_queries(const Options& options, const Operands<T>& of, const Plan& plan, int64_t first, int64_t count,
-                   int64_t head) {
-    tokens.resize(size_t(count));
-    for (int64_t i = 0; i < count; ++i) {
-      const Query& query = plan.queries[size_t(first + i)];
-      const int64_t h = head * options.group, row = query.token * of.heads + h;
-      tokens[size_t(i)] = {of.q + query.token * of.q_token + h * of.q_head, of.out + row * options.dv,
-                           of.lse ? of.lse + row : nullptr, query.position};
-    }
-    job = {options, of.q_head, tokens.data(), count, nullptr, 0};
-  }
-
-  void set(const Options& options, const Operands<T>& of, const Plan& plan, int64_t index, float* states) {
-    const Piece& piece = plan.pieces[size_t(index / of.kv_heads)];
-    const int64_t head = index % of.kv_heads;
-    set_queries(options, of, plan, piece.first_query, piece.queries, head);
-    phases.resize(size_t(piece.spans));
-    for (int64_t i = 0; i < piece.spans; ++i) {
-      const Span& span = plan.spans[size_t(piece.first_span + i)];
-      phases[size_t(i)] = {of.keys(span.sequence, head), span.begin, span.end, span.first_query, span.queries};
-    }
-    job.phases = phases.data(), job.phase_count = piece.spans;
-    if (piece.split < 0) return;
-    const int64_t rows = piece.queries * options.group;
-    const int64_t at = head * plan.states + plan.splits[size_t(piece.split)].states + piece.first_chunk * rows;
-    job.states = states + at * state_floats(options);
-  }
-};
-
 template <typename T>
 void run(const Options& options, const Operands<T>& of, const Plan& plan) {
   const int64_t parts = plan.parts(), units = int64_t(plan.pieces.size()) * of.kv_heads;
-  const int64_t width = state_floats(options);
-  const Buffer<float> states(plan.states * of.kv_heads * width);
-  const int64_t scratch_floats = forward_scratch(options, plan.most_queries());
-  const auto some = [&](int64_t low, int64_t high) {
-    float* scratch = scratch_of_thread(scratch_floats);
-    Unit<T> two[2];
-    if (low < high) two[low % 2].set(options, of, plan, low, states.data);
-    for (int64_t i = low; i < high; ++i) {
-      if (i + 1 < high) two[(i + 1) % 2].set(options, of, plan, i + 1, states.data);
-      forward(two[i % 2].job, i + 1 < high ? &two[(i + 1) % 2].job : nullptr, scratch);
-    }
-  };
+  const Buffer<float> states(plan.states * of.kv_heads * state_floats(options));
   if (parts <= 1) {
-    some(0, units);
+    run_units(options, of, plan, 0, units, states.data);
   } else {
-    torch::stable::parallel_for(
-        0, parts, 1, [&](int64_t low, int64_t high) { some(plan.border(low, parts), plan.border(high, parts)); });
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t low, int64_t high) {
+      run_units(options, of, plan, plan.border(low, parts), plan.border(high, parts), states.data);
+    });
   }
-  for (const Split& split : plan.splits) {
-    for (int64_t head = 0; head < of.kv_heads; ++head) {
-      Unit<T> unit;
-      unit.set_queries(options, of, plan, split.first_query, split.queries, head);
-      finish(unit.job, states.data + (head * plan.states + split.states) * width, split.chunks,
-             scratch_of_thread(scratch_floats));
-    }
-  }
+  for (int64_t i = 0; i < int64_t(plan.splits.size()) * of.kv_heads; ++i)
+    finish_split(options, of, plan, i, states.data);
 }
 
 template <typename T>
@@ -274,17 +182,8 @@ Tensor sliced_forward(Tensor q, Tensor keys, Tensor values, Tensor slice_table, 
   if (slice_table.stride(1) != 1) slice_table = torch::stable::contiguous(slice_table);
   const int32_t* borders = checked_borders(cu_q, q.size(0));
   const auto* lengths = static_cast<const int32_t*>(context_lens.data_ptr());
-  const int64_t num_slices = keys.size(0), sequences = slice_table.size(0);
-  const SliceTable table{static_cast<const int32_t*>(slice_table.data_ptr()), slice_table.stride(0), keys.size(2)};
-  for (int64_t b = 0; b < sequences; ++b) {
-    STD_TORCH_CHECK(lengths[b] >= borders[b + 1] - borders[b], "context_lens: fewer than the queries");
-    const int64_t slices = (lengths[b] + table.slice_tokens - 1) / table.slice_tokens;
-    STD_TORCH_CHECK(slices <= slice_table.size(1), "slice_table: too narrow");
-    for (int64_t i = 0; i < slices; ++i) {
-      const int32_t slice = table.row(b)[i];
-      STD_TORCH_CHECK(slice >= 0 && slice < num_slices, "slice_table: out of range");
-    }
-  }
+  const int64_t sequences = slice_table.size(0);
+  const SliceTable table = checked_table(slice_table, lengths, borders, keys.size(0), keys.size(2));
   const Options options = options_of(q, keys.size(1), values.size(3), scale, window, softcap);
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), values.size(3)});
   if (is_float(q)) {

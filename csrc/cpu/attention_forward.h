@@ -169,16 +169,21 @@ LEAF void join(float* total, const float* part, int64_t dv) {
 template <typename Unit, typename T>
 LEAF void give_row(const ForwardJob<T>& job, int64_t row, const float* state, int64_t dv) {
   const Options& options = job.options;
-  const Token<T>& token = job.tokens[row / options.group];
+  const int64_t count = job.token_count * options.group, in_head = row % count;
+  const Token<T>& token = job.tokens[in_head / options.group];
+  const int64_t head = row / count * options.group + in_head % options.group;
   const float sum = total(load(state + dv));
-  Unit::give_output(state, options.dv, 1.0f / sum, token.out + row % options.group * options.dv);
-  if (token.lse) token.lse[row % options.group] = state[dv + 16] + __builtin_logf(sum);
+  Unit::give_output(state, options.dv, 1.0f / sum, token.out + head * options.dv);
+  if (token.lse) token.lse[head] = state[dv + 16] + __builtin_logf(sum);
 }
 
-// The addresses of a block's keys and values; zeros past the end.
+// The addresses of a head's keys and values of a block; zeros past the end.
 template <typename T>
-LEAF void find_rows(const KeyRows<T>& keys, int64_t first, int64_t count, const T* zeros, const T** k, const T** v) {
-  if (count > BLOCK) count = BLOCK;
+LEAF void find_rows(const ForwardJob<T>& job, const Phase<T>& phase, int64_t first, int64_t head, const T* zeros,
+                    const T** k, const T** v) {
+  KeyRows<T> keys = phase.keys;
+  keys.k += head * job.k_head, keys.v += head * job.v_head;
+  const int64_t count = phase.end - first < BLOCK ? phase.end - first : BLOCK;
   int64_t j = 0;
   while (j < count) {
     const T *kj = keys.k + (first + j) * keys.k_token, *vj = keys.v + (first + j) * keys.v_token;
@@ -235,10 +240,31 @@ LEAF void attend_rows(const Rows& rows, int64_t r, int64_t end, const Options& o
   if (r < end) attend_tile<Unit, 1>(rows, r, options, block);
 }
 
+// Where a job is: a block of a phase, for one head.
+template <typename T>
+struct Place {
+  const ForwardJob<T>* job;
+  int64_t phase, first, head;
+
+  // The next one: heads, then blocks, then phases, then the next job. False at the end.
+  LEAF_METHOD bool advance(const ForwardJob<T>* next) {
+    if (++head < job->heads) return true;
+    head = 0, first += BLOCK;
+    if (first < job->phases[phase].end) return true;
+    if (++phase == job->phase_count) {
+      if (!next) return false;
+      job = next, phase = 0;
+    }
+    first = job->phases[phase].begin;
+    return true;
+  }
+};
+
+// Heads side by side, block after block: what lies together in a slice is read together.
 template <typename Unit, typename T>
 LEAF void forward_job(const ForwardJob<T>& job, const ForwardJob<T>* next, float* scratch) {
   const Options& options = job.options;
-  const int64_t group = options.group, count = job.token_count * group;
+  const int64_t group = options.group, in_head = job.token_count * group, count = in_head * job.heads;
   Rows rows;
   rows.depth = (options.d + Unit::PER_WORD - 1) / Unit::PER_WORD;
   rows.dv = padded(options.dv, Unit::COLUMNS), rows.width = state_floats(options);
@@ -250,8 +276,9 @@ LEAF void forward_job(const ForwardJob<T>& job, const ForwardJob<T>* next, float
   bool chunks = false;  // whether states are joined at all
   for (int64_t p = 0; p < job.phase_count; ++p) chunks |= job.phases[p].end > CHUNK - BLOCK;
   for (int64_t r = 0; r < count; ++r) {
-    const Token<T>& token = job.tokens[r / group];
-    Unit::take_query(token.q + r % group * job.q_head, options.d, options.scale, rows.q + r * rows.depth);
+    const Token<T>& token = job.tokens[r % in_head / group];
+    const int64_t head = r / in_head * group + r % in_head % group;
+    Unit::take_query(token.q + head * job.q_head, options.d, options.scale, rows.q + r * rows.depth);
     rows.at[r] = float(token.position);
     clear_state(rows.state(r), rows.dv);
     if (chunks) clear_state(rows.totals + r * rows.width, rows.dv);
@@ -259,34 +286,31 @@ LEAF void forward_job(const ForwardJob<T>& job, const ForwardJob<T>* next, float
 
   const auto* nothing = reinterpret_cast<const T*>(zeros);
   Places<T> places;
-  find_rows(job.phases->keys, job.phases->begin, job.phases->end - job.phases->begin, nothing, places.k[0],
-            places.v[0]);
-  for (int64_t p = 0; p < job.phase_count; ++p) {
-    const Phase<T>& phase = job.phases[p];
-    const Phase<T>* after = p + 1 < job.phase_count ? &phase + 1 : next ? next->phases : nullptr;
-    const int64_t begin = phase.first_token * group, end = begin + phase.tokens * group;
-    Block block;
-    block.keys = keys;
-    for (int64_t first = phase.begin; first < phase.end; first += BLOCK) {
-      const int64_t left = phase.end - first, here = left < BLOCK ? left : BLOCK, now = places.now;
-      const int64_t ahead = left > BLOCK || after ? !now : now;
-      if (left > BLOCK) {
-        find_rows(phase.keys, first + BLOCK, left - BLOCK, nothing, places.k[ahead], places.v[ahead]);
-      } else if (after) {
-        find_rows(after->keys, after->begin, after->end - after->begin, nothing, places.k[ahead], places.v[ahead]);
-      }
-      pack_keys<Unit>(places.k[now], places.k[ahead], places.v[ahead], options.d, keys);
-      Unit::pack_values(places.v[now], places.v[ahead], here, options.dv, values, block.values);
-      places.now = ahead;
-      block.first = first, block.words = (here + Unit::PER_WORD - 1) / Unit::PER_WORD;
-      attend_rows<Unit, T>(rows, begin, end, options, block);
+  Place<T> ahead{&job, 0, job.phases->begin, 0};
+  const auto find = [&](int64_t to) __attribute__((always_inline)) {
+    find_rows(*ahead.job, ahead.job->phases[ahead.phase], ahead.first, ahead.head, nothing, places.k[to], places.v[to]);
+  };
+  find(0);
+  Block block;
+  block.keys = keys;
+  for (Place<T> at = ahead; at.job == &job;) {
+    const Phase<T>& phase = job.phases[at.phase];
+    const int64_t left = phase.end - at.first, here = left < BLOCK ? left : BLOCK, now = places.now;
+    const bool more = ahead.advance(next);
+    const int64_t then = more ? !now : now;
+    if (more) find(then);
+    pack_keys<Unit>(places.k[now], places.k[then], places.v[then], options.d, keys);
+    Unit::pack_values(places.v[now], places.v[then], here, options.dv, values, block.values);
+    places.now = int(then);
+    block.first = at.first, block.words = (here + Unit::PER_WORD - 1) / Unit::PER_WORD;
+    const int64_t begin = at.head * in_head + phase.first_token * group, end = begin + phase.tokens * group;
+    attend_rows<Unit, T>(rows, begin, end, options, block);
 
-      const bool last = left <= BLOCK;
-      if ((first + BLOCK) % CHUNK != 0 && !(last && job.states)) continue;
+    if ((at.first + BLOCK) % CHUNK == 0 || (left <= BLOCK && job.states)) {
       for (int64_t r = begin; r < end; ++r) {
         float* state = rows.state(r);
         if (job.states) {
-          const int64_t chunk = first / CHUNK - phase.begin / CHUNK;
+          const int64_t chunk = at.first / CHUNK - phase.begin / CHUNK;
           __builtin_memcpy(job.states + (chunk * count + r) * rows.width, state, size_t(rows.width) * sizeof(float));
         } else {
           join(rows.totals + r * rows.width, state, rows.dv);
@@ -294,6 +318,8 @@ LEAF void forward_job(const ForwardJob<T>& job, const ForwardJob<T>* next, float
         clear_state(state, rows.dv);
       }
     }
+    if (!more) break;
+    at = ahead;
   }
   if (job.states) return;
   for (int64_t r = 0; r < count; ++r) {

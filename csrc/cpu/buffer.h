@@ -21,6 +21,20 @@ struct Buffer {  // page-aligned, not initialised
   T* const data;
 };
 
+// A thread's scratch memory for its calls one after the other: where every call allocates some, the system takes it
+// back each time, and the fresh pages cost more than what is written to them.
+template <typename T>
+T* kept(int64_t n) {
+  thread_local std::optional<Buffer<T>> held;
+  thread_local int64_t size = 0;
+  if (!held.has_value() || size < n) {
+    size = 0;
+    held.emplace(n);
+    size = n;
+  }
+  return held->data;
+}
+
 template <typename T>
 T* elements(const torch::stable::Tensor& t) {
   return static_cast<T*>(t.data_ptr());

@@ -136,6 +136,9 @@ LANES __m512 round_s(const Job& job, __m512 s) {
   return job.rounded == Type::half ? _mm512_cvtph_ps(_mm512_cvtps_ph(s, kNearest)) : s;
 }
 
+// Threads up to which each packs all rows for itself: what another has just written is slow to come by.
+constexpr int64_t kAlone = 4;
+
 constexpr int64_t kOneThread = 1 << 19;  // products that are not worth a second thread
 
 inline int64_t tasks_for(int64_t products, int64_t items) {

@@ -1,11 +1,6 @@
-// The product of some rows, too many for dots and too few to pack W for: the rows of x are lanes. x^T lies packed as
-// pairs of bf16, and every pair of a row of W, read where it is, meets up to 64 rows of x at once; a strip of W that
-// the second-level cache holds meets one chunk of rows after the other. A sum is one chain along the depth, and the
-// row's own adapter is formed apart and added to it: the bits of a row depend on nothing beside it.
-#include <cstring>
-#include <limits>
-
-#include "lora_dots.h"
+// The product of some rows, too many for dots and too few to pack W for: a strip of W that the second-level cache holds
+// meets one chunk of rows, packed as lanes, after the other (lora_strip.h).
+#include "lora_strip.h"
 
 #ifdef BF16_TILES
 
@@ -15,320 +10,108 @@
 namespace lora {
 namespace {
 
-using BF16 = Element<Type::bf16>;
+constexpr int64_t kChunk = 4;  // steps packed at a time by more: lines of the cache that lie together
 
-constexpr int64_t kLanes = 16;
-constexpr int64_t kWide = 144;   // columns whose sums are held at a time: whole groups, whole vectors
-constexpr int64_t kPart = 2048;  // words of depth in one pass over the columns: x^T stays in the second-level cache
-constexpr int64_t kChunk = 4;    // steps packed at a time: lines of the cache that lie together
-constexpr int64_t kLeastVectors = 2, kMostVectors = 4;
-constexpr int kMostGroup = 9;
-template <int kV>
-constexpr int kGroup = kV == 4 ? 6 : kMostGroup;  // rows of W whose sums are in registers
-constexpr int64_t kTogether = 8;                  // columns of an adapter: as many chains hide a product's latency
-
-// Positions [lo, hi) of the order, as they meet W: so many vectors of lanes, packed.
-struct Chunk {
-  int64_t lo, hi, vectors;
-  uint32_t* x;
-};
-
-// f(std::integral_constant) for a chunk's vectors.
-template <typename F>
-void with_vectors(int64_t vectors, const F& f) {
-  if (vectors <= 2) f(std::integral_constant<int, 2>());
-  if (vectors == 3) f(std::integral_constant<int, 3>());
-  if (vectors >= 4) f(std::integral_constant<int, 4>());
-}
-
-// Nearly equal chunks, each as few vectors as its rows fill.
-std::vector<Chunk> chunks_of(int64_t rows) {
-  const int64_t vectors = (rows + kLanes - 1) / kLanes, count = (vectors + kMostVectors - 1) / kMostVectors;
-  std::vector<Chunk> chunks;
-  for (int64_t c = 0; c < count; ++c) {
-    const int64_t lo = vectors * c / count, hi = vectors * (c + 1) / count;
-    chunks.push_back({lo * kLanes, std::min(hi * kLanes, rows), std::max(hi - lo, kLeastVectors), nullptr});
-  }
-  return chunks;
-}
-
-Matrix lines_of(const Matrix& m, int64_t lo, int64_t hi) {
-  Matrix some = m;
-  some.rows = hi - lo;
-  if (m.order != nullptr) {
-    some.order = m.order + lo;
-  } else {
-    some.data = static_cast<const char*>(m.data) + lo * m.stride * element_bytes(m.type);
-  }
-  return some;
-}
-
-// Steps [from, to) of the depth of bf16 rows as [words][kV * 16].
-template <int kV>
-void pack(const Matrix& m, int64_t from, int64_t to, uint32_t* out) {
-  for (int64_t s = from; s < to; ++s) {
-    for (int64_t v = 0; v < kV; ++v) {
-      __m512i r[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) {
-        const bool there = v * kLanes + i < m.rows;
-        const auto* p = operand::line<BF16>(m, there ? v * kLanes + i : 0) + s * 2 * kStepWords;
-        r[i] = operand::along<true, BF16>(p, there ? m.depth - s * 2 * kStepWords : 0);
-      }
-      lanes::transpose(r);
-      uint32_t* to = out + (s * kStepWords * kV + v) * kLanes;
-#pragma GCC unroll 16
-      for (int64_t q = 0; q < kStepWords; ++q) _mm512_storeu_si512(to + q * kV * kLanes, r[q]);
-    }
+// Calls for rows [first, first + count) of a matrix.
+void fetch_rows(const Matrix& m, int64_t first, int64_t count) {
+  const int64_t size = element_bytes(m.type);
+  for (int64_t i = first; i < std::min(first + count, m.rows); ++i) {
+    const char* row = static_cast<const char*>(m.data) + i * m.stride * size;
+    for (int64_t at = 0; at < m.depth * size; at += 64) _mm_prefetch(row + at, _MM_HINT_T1);
   }
 }
 
-// sums[row of w][kV * 16] += the products of `depth` elements; `next` is where the rows of the next call begin.
-template <int kV>
-void multiply_part(const char* w, const uint32_t* x, int64_t depth, const char* next, int64_t stride, bool first,
-                   float* sums) {
-  constexpr int kR = kGroup<kV>;
-  const char* rows[kR / 3];  // every third: the others are one and two strides away
-  __m512 sum[kR][kV];
-#pragma GCC unroll 9
-  for (int j = 0; j < kR; ++j) {
-    if (j % 3 == 0) rows[j / 3] = w + j * stride;
-    const float* from = sums + j * kV * kLanes;
-#pragma GCC unroll 4
-    for (int v = 0; v < kV; ++v) sum[j][v] = first ? _mm512_setzero_ps() : _mm512_loadu_ps(from + v * kLanes);
-  }
-  const auto step = [&](int64_t q, auto half) __attribute__((always_inline)) {
-    __m512i lanes[kV];
-#pragma GCC unroll 4
-    for (int v = 0; v < kV; ++v) lanes[v] = _mm512_loadu_si512(x + (q * kV + v) * kLanes);
-#pragma GCC unroll 9
-    for (int j = 0; j < kR; ++j) {
-      int32_t pair = 0;
-      std::memcpy(&pair, rows[j / 3] + j % 3 * stride + 4 * q, half ? 2 : 4);
-      const __m512i column = _mm512_set1_epi32(pair);
-#pragma GCC unroll 4
-      for (int v = 0; v < kV; ++v) sum[j][v] = _mm512_dpbf16_ps(sum[j][v], (__m512bh)lanes[v], (__m512bh)column);
-    }
-  };
-  const auto move = [&](int64_t words) __attribute__((always_inline)) {
-    x += words * kV * kLanes;
-    for (const char*& row : rows) {
-      row += 4 * words;
-      asm("" : "+r"(row));  // or else the compiler keeps a pointer for each row
-    }
-  };
-  for (; depth >= 2 * kStepWords; depth -= 2 * kStepWords, next += 4 * kStepWords) {
-    const char* ahead = next;
-#pragma GCC unroll 9
-    for (int j = 0; j < kR; ++j, ahead += stride) _mm_prefetch(ahead, _MM_HINT_T1);
-#pragma GCC unroll 1
-    for (int64_t q = 0; q < kStepWords; q += 4, move(4)) {
-#pragma GCC unroll 4
-      for (int64_t i = 0; i < 4; ++i) step(i, std::false_type());
-    }
-  }
-  for (; depth >= 2; depth -= 2, move(1)) step(0, std::false_type());
-  if (depth > 0) step(0, std::true_type());
-#pragma GCC unroll 9
-  for (int j = 0; j < kR; ++j) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kV; ++v) _mm512_storeu_ps(sums + (j * kV + v) * kLanes, sum[j][v]);
-  }
-}
-
-LANES __mmask16 lanes_below(int64_t row, int64_t v) { return operand::first16(row - v * kLanes); }
-
-struct Scratch {
-  Buffer<float> sums{(kWide + kMostGroup) * kMostVectors * kLanes};
-  std::vector<uint32_t> s, copy;
-  const Term* term = nullptr;  // whose S s is, of which chunk's rows
-  const Chunk* chunk = nullptr;
-};
-
-// Some columns of a chunk of the rows of one product.
-template <int kV>
-class Strip {
+// All products, cut into equal parts of their columns: the vector unit is what takes the time.
+class Parts {
  public:
-  Strip(const Job& job, const Chunk& chunk, Scratch& scratch)
-      : job_(job), chunk_(chunk), count_(chunk.hi - chunk.lo), scratch_(scratch), sums_(scratch.sums), s_(scratch.s) {
-    for (const Span& span : job.rows->spans) {
-      const int64_t lo = std::max(span.lo, chunk.lo), hi = std::min(span.hi, chunk.hi);
-      if (lo < hi) spans_.push_back({lo - chunk.lo, hi - chunk.lo, span.adapter});
+  explicit Parts(const Job& job) : job_(job), chunks_(chunks_of(job.lefts[0].rows)), items_(shrinks(job)) {
+    const Matrix& x = job.lefts[0];
+    int64_t products = 0;
+    for (const Product& product : job.products) {
+      ends_.push_back(ends_.back() + (product.out.columns + kLanes - 1) / kLanes);
+      products += x.rows * product.out.columns * x.depth;
     }
+    tasks_ = tasks_for(products, ends_.back());
+    steps_ = operand::steps(Type::bf16, x.depth);
+    for (const Chunk& chunk : chunks_) words_ += chunk.vectors * steps_ * kStepWords * kLanes;
   }
 
-  void run(const Product& product, int64_t first, int64_t count) {
-    const Matrix& w = product.terms[0].right;
-    constexpr int kR = kGroup<kV>;
-    const auto row = [&](int64_t i) { return std::min(i, w.rows - kR); };  // the last rows may come twice
-    const auto bytes = [&](int64_t i, int64_t k) {
-      return reinterpret_cast<const char*>(operand::line<BF16>(w, row(i)) + k);
-    };
-    fetch(product.out, first, count);
-    for (int64_t k = 0; k < w.depth; k += 2 * kPart) {
-      for (int64_t at = first; at < first + count; at += kR) {
-        const char* next = bytes(at + kR, k);
-        multiply_part<kV>(bytes(at, k), chunk_.x + k / 2 * kWidth, std::min(2 * kPart, w.depth - k), next, 2 * w.stride,
-                          k == 0, sums_.data + (at - first) * kWidth);
-      }
-    }
-    const int64_t last = (count - 1) / kR * kR, again = first + last - row(first + last);
-    float* group = sums_.data + last * kWidth;
-    if (again > 0) std::copy(group + again * kWidth, group + kR * kWidth, group);
-    add_adapters(product.terms[0], first, count);
-    operand::with_element(product.out.type, [&](auto element) { store<decltype(element)>(product.out, first, count); });
+  void run() {
+    const bool alone = tasks_ <= kAlone;
+    uint32_t* common = alone ? nullptr : kept<uint32_t>(words_);
+    const int64_t lines = (steps_ + kChunk - 1) / kChunk;
+    Phase packing(alone ? 0 : lines * int64_t(chunks_.size())), shrinking(tasks_), multiplying(tasks_);
+    in_tasks(tasks_, [&] {
+      const int64_t part = multiplying.take();
+      fetch(part);
+      const std::vector<Chunk> chunks = packed_at(alone ? kept<uint32_t>(words_) : common);
+      for (size_t c = 0; alone && c < chunks.size(); ++c) pack_steps(chunks[c], 0, steps_);
+      packing.run([&](int64_t i) {
+        const int64_t from = i % lines * kChunk;
+        pack_steps(chunks[i / lines], from, std::min(from + kChunk, steps_));
+      });
+      shrinking.run([&](int64_t i) {
+        for (int64_t k = item(i); k < item(i + 1); ++k) shrink(job_, job_.lefts[0], items_[k]);
+      });
+      packing.wait();
+      shrinking.wait();
+      multiply(chunks, part);
+    });
   }
 
  private:
-  static constexpr int64_t kWidth = kV * kLanes;
+  // Where part i begins, of all items of the adapters and of all vectors of columns.
+  int64_t item(int64_t i) const { return int64_t(items_.size()) * i / tasks_; }
+  int64_t column(int64_t i) const { return ends_.back() * i / tasks_; }
 
-  // Where store will write.
-  void fetch(const Output& out, int64_t first, int64_t count) {
-    const int64_t size = element_bytes(out.type);
-    for (int64_t i = 0; i < count_; ++i) {
-      const char* to = static_cast<const char*>(out.data) + (job_.rows->row(chunk_.lo + i) * out.stride + first) * size;
-      for (int64_t at = 0; at < count * size; at += 64) __builtin_prefetch(to + at, 1);
+  // What is read first after the packing, from far away: rows of A and of W.
+  void fetch(int64_t part) const {
+    for (int64_t k = item(part); k < item(part + 1); ++k) {
+      const Shrink& one = items_[k];
+      fetch_rows(one.term->adapters[one.span->adapter].shrink, one.rank, kColumns);
+    }
+    for (size_t p = 0; p < job_.products.size(); ++p) {
+      const int64_t first = column(part) - ends_[p];
+      if (first >= 0) fetch_rows(job_.products[p].terms[0].right, first * kLanes, kMostGroup);
     }
   }
 
-  void add_adapters(const Term& term, int64_t first, int64_t count) {
-    int64_t rank = 0;
-    for (const Span& span : spans_) {
-      if (span.adapter >= 0) rank = std::max(rank, term.adapters[span.adapter].rank);
+  std::vector<Chunk> packed_at(uint32_t* packed) const {
+    std::vector<Chunk> chunks = chunks_;
+    for (Chunk& chunk : chunks) {
+      chunk.x = packed;
+      packed += chunk.vectors * steps_ * kStepWords * kLanes;
     }
-    if (rank == 0) return;
-    if (scratch_.term != &term || scratch_.chunk != &chunk_) {
-      const Matrix s{s_row(job_, chunk_.lo, term.s_column), Type::bf16, count_, rank, job_.s_width, true};
-      const int64_t most = operand::steps(Type::bf16, rank);
-      s_.resize(size_t(most * kStepWords * kWidth));
-      pack<kV>(s, 0, most, s_.data());
-      scratch_.term = &term, scratch_.chunk = &chunk_;
-    }
-    for (const Span& span : spans_) {
-      if (span.adapter < 0 || term.adapters[span.adapter].rank == 0) continue;
-      Matrix b = term.adapters[span.adapter].expand;
-      const bool words = b.type == Type::bf16 && b.depth % 2 == 0 && count % kTogether == 0;
-      if (words) {
-        b.data = operand::line<BF16>(b, first);
-      } else {
-        const int64_t width = operand::steps(Type::bf16, b.depth) * kStepWords;
-        const int64_t columns = (count + kTogether - 1) / kTogether * kTogether;
-        scratch_.copy.resize(size_t(columns * width));
-        to_words(Type::bf16, b, first, columns, scratch_.copy.data(), width);
-        b.data = scratch_.copy.data(), b.stride = 2 * width, b.depth += b.depth % 2;
-      }
-      add_adapter(b, span, count);
-    }
+    return chunks;
   }
 
-  // The S of the vectors that hold the adapter's rows meet words of this B, and only its own rows take the sum.
-  void add_adapter(const Matrix& b, const Span& span, int64_t count) {
-    const int64_t stride = 2 * b.stride;
-    for (int64_t v = span.lo / kLanes; v * kLanes < span.hi; ++v) {
-      const __mmask16 own = lanes_below(span.hi, v) & ~lanes_below(span.lo, v);
-      float* to = sums_.data + v * kLanes;
-      for (int64_t at = 0; at < count; at += kTogether) {
-        const char* words = static_cast<const char*>(b.data) + at * stride;
-        const uint32_t* s = s_.data() + v * kLanes;
-        __m512 sum[kTogether] = {};
-        for (int64_t q = 0; q < b.depth / 2; ++q, s += kWidth) {
-          const __m512i rows = _mm512_loadu_si512(s);
-#pragma GCC unroll 8
-          for (int64_t j = 0; j < kTogether; ++j) {
-            int32_t pair;
-            std::memcpy(&pair, words + j * stride + 4 * q, 4);
-            const __m512i column = _mm512_set1_epi32(pair);
-            sum[j] = _mm512_dpbf16_ps(sum[j], (__m512bh)rows, (__m512bh)column);
-          }
-        }
-#pragma GCC unroll 8
-        for (int64_t j = 0; j < kTogether; ++j, to += kWidth) {
-          _mm512_mask_storeu_ps(to, own, _mm512_add_ps(_mm512_loadu_ps(to), sum[j]));
-        }
-      }
-    }
+  void pack_steps(const Chunk& chunk, int64_t from, int64_t to) const {
+    const Matrix rows = lines_of(job_.lefts[0], chunk.lo, chunk.hi);
+    with_vectors(chunk.vectors, [&](auto v) { pack<v>(rows, from, to, chunk.x); });
   }
 
-  template <typename E>
-  void store(const Output& out, int64_t first, int64_t count) {
-    using T = typename E::type;
-    std::vector<bool> outside(count_);
-    for (const Span& span : spans_) {
-      if (span.adapter == kOutside) std::fill(outside.begin() + span.lo, outside.begin() + span.hi, true);
-    }
-    for (int64_t at = 0; at < count; at += kLanes) {
-      const __mmask16 there = operand::first16(count - at);
-      __m512 bias = _mm512_setzero_ps();
-      if (out.bias != nullptr) bias = E::load(static_cast<const T*>(out.bias) + first + at, there);
-      for (int64_t lo = 0; lo < count_; lo += kLanes) {
-        __m512i r[kLanes];
-        for (int64_t j = 0; j < kLanes; ++j) r[j] = _mm512_loadu_si512(sums_.data + (at + j) * kWidth + lo);
-        lanes::transpose(r);
-        for (int64_t i = lo; i < std::min(lo + kLanes, count_); ++i) {
-          __m512 x = _mm512_castsi512_ps(r[i - lo]);
-          if (out.bias != nullptr) x = _mm512_add_ps(x, bias);
-          if (outside[i]) x = _mm512_set1_ps(std::numeric_limits<float>::quiet_NaN());
-          E::store(static_cast<T*>(out.data) + job_.rows->row(chunk_.lo + i) * out.stride + first + at, there, x);
+  void multiply(const std::vector<Chunk>& chunks, int64_t part) const {
+    const int64_t lo = column(part), hi = column(part + 1);
+    Scratch scratch;
+    for (size_t p = 0; p < job_.products.size(); ++p) {
+      const Product& product = job_.products[p];
+      const int64_t end = std::min((std::min(hi, ends_[p + 1]) - ends_[p]) * kLanes, product.out.columns);
+      for (int64_t first = std::max<int64_t>(lo - ends_[p], 0) * kLanes; first < end; first += kWide) {
+        for (const Chunk& chunk : chunks) {
+          with_vectors(chunk.vectors, [&](auto v) {
+            Strip<v>(job_, chunk, scratch).run(product, first, std::min(kWide, end - first));
+          });
         }
       }
     }
   }
 
   const Job& job_;
-  const Chunk& chunk_;
-  const int64_t count_;
-  std::vector<Span> spans_;  // of the chunk, counted from its first row
-  Scratch& scratch_;
-  Buffer<float>& sums_;
-  std::vector<uint32_t>& s_;
+  const std::vector<Chunk> chunks_;
+  const std::vector<Shrink> items_;
+  std::vector<int64_t> ends_{0};  // of each product's vectors of columns
+  int64_t tasks_ = 1, steps_ = 0, words_ = 0;
 };
-
-void multiply_chunks(const Job& job) {
-  const Matrix& x = job.lefts[0];
-  const int64_t steps = operand::steps(Type::bf16, x.depth);
-  std::vector<Chunk> chunks = chunks_of(x.rows);
-  Buffer<uint32_t> packed(steps * kStepWords * kLanes * ((x.rows + kLanes - 1) / kLanes + kLeastVectors));
-  int64_t used = 0;
-  for (Chunk& chunk : chunks) {
-    chunk.x = packed.data + used;
-    used += steps * kStepWords * kLanes * chunk.vectors;
-  }
-  std::vector<int64_t> ends{0};  // of each product's vectors of columns
-  int64_t products = 0;
-  for (const Product& product : job.products) {
-    ends.push_back(ends.back() + (product.out.columns + kLanes - 1) / kLanes);
-    products += x.rows * product.out.columns * x.depth;
-  }
-  const std::vector<Shrink> items = shrinks(job);
-  const int64_t tasks = tasks_for(products, ends.back()), lines = (steps + kChunk - 1) / kChunk;
-  Phase packing(lines * int64_t(chunks.size())), shrinking(int64_t(items.size())), multiplying(tasks);
-  in_tasks(tasks, [&] {
-    packing.run([&](int64_t i) {
-      const Chunk& chunk = chunks[i / lines];
-      const int64_t from = i % lines * kChunk;
-      with_vectors(chunk.vectors, [&](auto v) {
-        pack<v>(lines_of(x, chunk.lo, chunk.hi), from, std::min(from + kChunk, steps), chunk.x);
-      });
-    });
-    shrinking.run([&](int64_t i) { shrink(job, x, items[i]); });
-    packing.wait();
-    shrinking.wait();
-    Scratch scratch;
-    multiplying.run([&](int64_t i) {  // equal parts: the vector unit is what takes the time
-      const int64_t lo = ends.back() * i / tasks, hi = ends.back() * (i + 1) / tasks;
-      for (size_t p = 0; p < job.products.size(); ++p) {
-        const Product& product = job.products[p];
-        const int64_t end = std::min((std::min(hi, ends[p + 1]) - ends[p]) * kLanes, product.out.columns);
-        for (int64_t first = std::max<int64_t>(lo - ends[p], 0) * kLanes; first < end; first += kWide) {
-          for (const Chunk& chunk : chunks) {
-            with_vectors(chunk.vectors, [&](auto v) {
-              Strip<v>(job, chunk, scratch).run(product, first, std::min(kWide, end - first));
-            });
-          }
-        }
-      }
-    });
-  });
-}
 
 }  // namespace
 
@@ -336,7 +119,7 @@ bool multiply_lanes(const Job& job) {
   if (job.words != Type::bf16 || !job.lefts[0].along) return false;
   const auto narrow = [](const Product& product) { return product.out.columns < kMostGroup; };
   if (std::any_of(job.products.begin(), job.products.end(), narrow) || !along(job)) return false;
-  multiply_chunks(job);
+  Parts(job).run();
   return true;
 }
 

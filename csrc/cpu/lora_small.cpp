@@ -6,6 +6,7 @@
 #ifdef BF16_TILES
 
 #include <limits>
+#include <optional>
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
@@ -220,11 +221,17 @@ bool multiply_few(const Job& job) {
     products += job.rows->count * product.out.columns * job.lefts[0].depth;
   }
   const int64_t tasks = tasks_for(products, int64_t(parts.size()));
-  Packed x(job, job.lefts[0]);
+  const bool alone = tasks <= kAlone;
+  std::optional<Packed> common;
+  if (!alone) common.emplace(job, job.lefts[0]);
   const std::vector<Shrink> items = shrinks(job);
-  Phase packing(job.rows->count), shrinking(int64_t(items.size())), multiplying(int64_t(parts.size()));
+  Phase packing(alone ? 0 : job.rows->count), shrinking(int64_t(items.size())), multiplying(int64_t(parts.size()));
   in_tasks(tasks, [&] {
+    std::optional<Packed> own;
+    if (alone) own.emplace(job, job.lefts[0]);
+    Packed& x = alone ? *own : *common;
     Strip strip(job, x.matrix());
+    for (int64_t i = 0; alone && i < job.rows->count; ++i) x.pack(i);
     packing.run([&](int64_t i) { x.pack(i); });
     packing.wait();
     shrinking.run([&](int64_t i) { shrink(job, x.matrix(), items[i]); });

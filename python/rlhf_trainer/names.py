@@ -16,7 +16,7 @@ SAMPLING = {  # generate, and need a reward
     "j-hydra-ppo": "one base, one adapter for actor and critic",
     "hydra-ppo": "one base, an adapter each for actor and critic",
     "ppo-max": "PPO with normalised rewards and a critic trained first",
-    "pe-rlhf": "PPO with adapters on a reward model that is an adapter too",
+    "pe-rlhf": "policy gradient; policy and reward model are adapters on one base",
     "remax": "policy gradient with a greedy baseline, no critic",
     "reinforce": "policy gradient with a moving average as the baseline",
     "rloo": "policy gradient, a prompt's other samples as the baseline",

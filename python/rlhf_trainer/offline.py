@@ -46,6 +46,8 @@ class Offline:
     def step(self, step: int) -> dict[str, float]:
         """Step number `step` (from 0); returns its metrics."""
         started = time.perf_counter()
+        if self.sampler is not None:
+            self.sampler.samples = []  # the last evaluation's are not this step's
         batch = [self.rows[i] for i in self.order.at(step)]
         tokens = sum(completion_tokens(row) for row in batch)
         counts = Counts(float(tokens), float(len(batch)))

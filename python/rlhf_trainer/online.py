@@ -92,7 +92,7 @@ class Online:
     def load_state(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
         self.kl.value = float(state["kl_coef"])
-        self.row_state = dict(state["row"])
+        self.row_state = dict(state.get("row", {}))  # runs of earlier versions kept none
 
     def _shape(self, rollout: Rollout, greedy: Rollout | None, prompts: int) -> None:
         """From raw scores to rewards and advantages, all left in the rollout."""
@@ -161,7 +161,7 @@ class Online:
         counts = Counts(float(sum(completion_tokens(row) for row in rows)), float(len(rows)))
         share = sft.loss(self.model, rows, counts, self.config)
         (self.config.ptx_coef * share.value).backward()
-        return float(share.value.detach())
+        return float(share.metrics["loss/sft"])
 
     def _objective(self, rollout: Rollout, raw: torch.Tensor) -> dict[str, float]:
         lengths = rollout.completion_lengths.float()

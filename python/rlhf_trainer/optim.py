@@ -55,7 +55,8 @@ class Optimizer:
             self.parameters.update(parameters)
             self._clipped[group] = list(parameters.values())
         betas = (config.adam_beta1, config.adam_beta2 if config.adam_beta2 is not None else 0.999)
-        self.adam = torch.optim.AdamW(adam_groups, betas=betas, eps=config.adam_epsilon, foreach=True)
+        # fused: in one sweep and without temporaries; over lists of tensors it would hold a copy of a group
+        self.adam = torch.optim.AdamW(adam_groups, betas=betas, eps=config.adam_epsilon, fused=True)
 
     def zero_grad(self) -> None:
         for parameter in self.parameters.values():
@@ -87,6 +88,7 @@ class Optimizer:
             master = self.masters[name]
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
+                parameter.grad = None  # one by one, so that both are never there for all of them
         self.adam.step()
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -115,6 +117,5 @@ class Optimizer:
                 master.copy_(tensors[f"master.{name}"])
             if f"step.{name}" in tensors:
                 self.adam.state[master] = {
-                    key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else master.device)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    key: tensors[f"{key}.{name}"].to(master.device) for key in ("step", "exp_avg", "exp_avg_sq")
                 }

@@ -161,11 +161,11 @@ def _accuracy(history: History) -> "Figure | None":
 
 def _reward(history: History) -> "Figure | None":
     name = "reward" if series(history, "reward")[0] else "objective/scores"
-    if not series(history, name)[0]:
+    steps, values = series(history, "eval/reward")
+    if not steps and not series(history, name)[0]:
         return None
     figure, axes = _panel("Reward", "mean score of a completion")
     _curve(axes, history, name, BLUE, "rollouts")
-    steps, values = series(history, "eval/reward")
     if steps:
         axes.plot(steps, values, "o-", color=ORANGE, markersize=5, linewidth=1.4, label="held-out prompts")
     _finish(axes)

@@ -5,6 +5,8 @@ A slice holds the keys and values of the same `slice_tokens` tokens in every lay
 The buffer is made at the first use and given back by `release()`; nothing else is allocated per sequence.
 """
 
+import ctypes
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +17,8 @@ from rlhf_kernels.memory_size import parse_bytes
 from rlhf_kernels.ops import registry
 from rlhf_kernels.ops.attention import native, triton_tier
 
+HUGE_PAGE = 2 << 20
+MADV_HUGEPAGE = 14
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
 
 
@@ -112,6 +116,7 @@ class Arena:
         starts, nbytes = self._layout(self.num_slices)
         with torch.inference_mode(False), torch.no_grad():
             buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            _ask_for_huge_pages(buffer)
             views = [
                 buffer[start : start + self.num_slices * plane]
                 .view(self.dtype)
@@ -209,6 +214,18 @@ class Arena:
             starts.append(start)
             end = start + num_slices * plane
         return starts, end
+
+
+def _ask_for_huge_pages(buffer: Tensor) -> None:
+    """Slices lie all over a large buffer: with pages of 4 KiB translating their addresses costs as much as reading."""
+    if buffer.device.type != "cpu" or not sys.platform.startswith("linux"):
+        return
+    start = -(-buffer.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+    size = (buffer.data_ptr() + buffer.numel() - start) // HUGE_PAGE * HUGE_PAGE
+    if size > 0:
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_HUGEPAGE
+        )  # or not, as Linux likes
 
 
 def layer_shapes(config: Any) -> list[LayerShape]:

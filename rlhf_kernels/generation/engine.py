@@ -23,7 +23,7 @@ from rlhf_kernels.generation.sampling_params import SamplingParams
 from rlhf_kernels.generation.scheduler import Schedule
 from rlhf_kernels.generation.step_buffers import StepBuffers, StepSizes
 from rlhf_kernels.memory_size import parse_bytes
-from rlhf_kernels.ops.sampling import sample
+from rlhf_kernels.ops.sampling.api import sample_known as sample
 
 STEP_TOKENS = 512  # prompt tokens a step: enough for GEMMs at full speed, few enough not to hold up the decoding rows
 DRAW_BYTES = 64 << 20  # of logits gathered at a time when many sequences draw from one prompt's logits

@@ -29,6 +29,7 @@ from rlhf_kernels.generation.lean_parts import (
     LeanNorm,
     Part,
 )
+from rlhf_kernels.generation.lean_stack import LeanStack, stack_of
 from rlhf_kernels.integrations.transformers import SlicedRows
 from rlhf_kernels.ops import registry
 from rlhf_kernels.ops.lora.tiles import DTYPES
@@ -53,6 +54,7 @@ class LeanModules:
 
     def __init__(self) -> None:
         self._parts: list[Part] = []
+        self._stack: LeanStack | None = None  # the whole model
         self._proved: torch.dtype | None = None
         self._owner = 0  # the thread whose calls the replacements serve
 
@@ -66,10 +68,15 @@ class LeanModules:
         replaced: list[Part] = []
         try:
             self._prove(lm, step)
+            whole = self._stack if all(map(_untouched, lm.modules())) else None
             for part in self._parts:
                 if all(_untouched(module) for module in (part.module, *part.inner)):
                     part.module.__dict__["forward"] = self._served(part)
                     replaced.append(part)
+            if whole is not None:
+                whole.begin()
+                lm.__dict__["forward"] = self._served(whole)
+                replaced.append(whole)
             yield
         finally:
             for part in replaced:
@@ -80,14 +87,16 @@ class LeanModules:
         original = type(part.module).forward.__get__(part.module)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return part(*args, **kwargs) if get_ident() == self._owner else original(*args, **kwargs)
+            mine = get_ident() == self._owner and part.serves(*args, **kwargs)
+            return part(*args, **kwargs) if mine else original(*args, **kwargs)
 
         return forward
 
     def _prove(self, lm: Any, step: Step) -> None:
         """Runs the model's own modules once and their candidates beside them; keeps those that agree."""
         dtype = lm.dtype
-        if self._proved == dtype and all(part.current() for part in self._parts):
+        known = self._parts if self._stack is None else [*self._parts, self._stack]
+        if self._proved == dtype and all(part.current() for part in known):
             return
         probe = Probe(lm)
         trials = [Trial(part, probe, TOLERANCE[dtype]) for part in candidates(lm)]
@@ -104,7 +113,24 @@ class LeanModules:
                 passed.append(trial.part)
         within = {id(inner) for part in passed for inner in part.inner}
         self._parts = [part for part in passed if id(part.module) not in within]
+        self._stack = self._proved_stack(lm, step, passed)
         self._proved = dtype
+
+    def _proved_stack(self, lm: Any, step: Step, passed: list[Part]) -> LeanStack | None:
+        """The model as one op, where its logits, keys and values are the model's own."""
+        stack = stack_of(lm, {part.module: part for part in passed})
+        if stack is None or not all(map(_untouched, lm.modules())):
+            return None
+        own, mine = Probe(lm), Probe(lm)
+        want = own.run(step)
+        stack.begin()
+        lm.__dict__["forward"] = stack
+        try:
+            got = mine.run(step)
+        finally:
+            del lm.__dict__["forward"]
+        pairs = [(got, want), *zip(mine.written(), own.written())]
+        return stack if all(relative_error(a, b) <= TOLERANCE[lm.dtype] for a, b in pairs) else None
 
 
 class Trial:
@@ -168,8 +194,13 @@ class Probe(SlicedRows):
                 raise ValueError("q or k is rotated in another way")
         return out
 
-    def run(self, step: Step) -> None:
-        step(self.tokens, self.positions, self, self.cu_q[1:].long() - 1)
+    def run(self, step: Step) -> Tensor:
+        return step(self.tokens, self.positions, self, self.cu_q[1:].long() - 1)
+
+    def written(self) -> list[Tensor]:
+        """Every layer's keys and values of its tokens."""
+        index, offset = self.slots // SLICE_TOKENS, self.slots % SLICE_TOKENS
+        return [plane[index, :, offset] for plane in (*self.arena.keys, *self.arena.values)]
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -46,6 +46,10 @@ class Part:
         children = (all(map(is_, before, module._modules.values())) for module, before in self._children)
         return all(children) and all(map(is_, self._kinds, map(type, (self.module, *self.inner))))
 
+    def serves(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether it takes this call; else the module's own forward does."""
+        return True
+
     def variants(self) -> Sequence[Any]:
         """Ways it may have to work; `choose` takes the one that proves right."""
         return (None,)

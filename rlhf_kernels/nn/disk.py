@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlhf_kernels.integrations.peft_layout import CONFIG, load_adapter, read_spec, save_adapter
+from rlhf_kernels.integrations import peft_layout  # it imports this package: its names are there only later
 
 if TYPE_CHECKING:
     from rlhf_kernels.nn.hydra import HydraModel
@@ -21,7 +21,7 @@ def save(model: "HydraModel", directory: Path) -> None:
     """HydraModel.save_pretrained."""
     directory.mkdir(parents=True, exist_ok=True)
     for adapter, where in model.adapters.items():
-        save_adapter(model.decoder(where), adapter, directory / adapter)
+        peft_layout.save_adapter(model.decoder(where), adapter, directory / adapter)
     if model.heads:
         save_heads(model.linear_heads(), directory)
     for name in model.trainable_bases:
@@ -32,13 +32,13 @@ def save(model: "HydraModel", directory: Path) -> None:
 
 def load_adapters(model: "HydraModel", directory: Path) -> list[str]:
     """HydraModel.load_adapters."""
-    found = sorted(p.parent for p in directory.glob(f"*/{CONFIG}"))
+    found = sorted(p.parent for p in directory.glob(f"*/{peft_layout.CONFIG}"))
     if not found and not (directory / HEADS_FILE).is_file():
-        raise ValueError(f"{directory}: no adapter in this directory; it must hold <adapter>/{CONFIG}")
+        raise ValueError(f"{directory}: no adapter in this directory; it must hold <adapter>/{peft_layout.CONFIG}")
     for path in found:
         if path.name not in model.adapters:
-            model.add_adapter(path.name, read_spec(path))
-        load_adapter(model.decoder(model.adapters[path.name]), path.name, path)
+            model.add_adapter(path.name, peft_layout.read_spec(path))
+        peft_layout.load_adapter(model.decoder(model.adapters[path.name]), path.name, path)
     if (directory / HEADS_FILE).is_file():
         load_heads(model.linear_heads(), directory / HEADS_FILE)
     return [path.name for path in found]

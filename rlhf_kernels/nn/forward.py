@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_kernels.integrations.transformers import head_shape
+from rlhf_kernels.nn.gated import frugal_mlps
 from rlhf_kernels.nn.packing import Batch, Part, pack
 from rlhf_kernels.nn.roles import HydraOutput, RoleOutput
 from rlhf_kernels.ops.logprob import linear_logprob
@@ -138,7 +139,7 @@ def _run(model: "HydraModel", base: str, parts: list[Part]) -> Tensor:
     if checks_values(packed.input_ids):
         _check_tokens(packed.input_ids, cast(nn.Embedding, base_model.get_input_embeddings()).num_embeddings)
     decoder = getattr(base_model, base_model.base_model_prefix)
-    with routes.use(packed.routing):
+    with routes.use(packed.routing), frugal_mlps(base_model):
         return decoder(
             input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, packed=packed.rows
         ).last_hidden_state[0]

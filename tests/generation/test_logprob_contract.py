@@ -5,6 +5,8 @@ own cached decode is from its own full forward on the same tokens, and how far b
 """
 
 import copy
+import math
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -73,28 +75,61 @@ def rms(parts: list[torch.Tensor]) -> float:
     return torch.cat(parts).square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS if n != "llama")])
-@torch.no_grad()
-def test_bf16_logprobs_are_recomputed_more_closely_than_transformers_recomputes_its_own(name):
-    """The policy's own recomputation, as the first update does it, against cached decode and full forward there."""
-    given = prompts(LENGTHS)
+@dataclass
+class Found:
+    """One token's logprob, from all who compute it, in bf16 but for the last."""
+
+    recorded: list[torch.Tensor] = field(default_factory=list)  # by the rollout
+    recomputed: list[torch.Tensor] = field(default_factory=list)  # by the policy, as its first update does
+    cached: list[torch.Tensor] = field(default_factory=list)  # by transformers, decoding
+    whole: list[torch.Tensor] = field(default_factory=list)  # by transformers, in a full forward
+    exact: list[torch.Tensor] = field(default_factory=list)  # by that in fp64
+
+    def apart(self, one: str, other: str) -> float:
+        return rms([a - b for a, b in zip(getattr(self, one), getattr(self, other))])
+
+
+def everyones_logprobs(name: str) -> dict[bool, Found]:
+    """By whether the token was the greedy choice: of every way to sample, several prompts of several lengths."""
+    given, params = prompts(4 * LENGTHS), [p for p in EACH for _ in range(4)]
     hydra = HydraModel({"base": build(name, torch.bfloat16)}, adapters={"actor": LoraSpec(r=4, alpha=8)})
-    params = SamplingParams(NEW, temperature=0.7)
     rollouts = SlicedGenerator(hydra, "1MiB").generate(given, params)
-    flat = torch.tensor([t for p, r in zip(given, rollouts) for t in p + r.tokens])
-    counts = [len(p) + NEW for p in given], [len(p) for p in given]
-    score = hydra.score(flat, counts[0], roles=("actor",), prompt_lengths=counts[1], temperature=0.7)["actor"].logprob
-    ours = torch.tensor([x for r in rollouts for x in r.logprobs]) - score
-    theirs, exact = [], []
+    sequences = [given[r.prompt_index] + r.tokens for r in rollouts]
+    heats = [params[r.prompt_index].temperature or 1.0 for r in rollouts]
+    lengths, before = [len(s) for s in sequences], [len(s) - NEW for s in sequences]
+    flat, options = (
+        torch.tensor([t for s in sequences for t in s]),
+        {"prompt_lengths": before, "temperature": torch.tensor(heats)},
+    )
+    scores = hydra.score(flat, lengths, roles=("actor",), **options)["actor"].logprob.double().split(NEW)
     lm = build(name, torch.bfloat16)
     if name != "gemma2":  # its softcap needs the eager attention, whose two ways are bit-equal at this size
         lm.set_attn_implementation("sdpa")
     double = copy.deepcopy(lm).double()
-    for prompt, r in zip(given, rollouts):
-        whole = logprobs(full(lm, prompt, r.tokens), r.tokens, 0.7)
-        theirs.append(logprobs(cached(lm, prompt, r.tokens), r.tokens, 0.7) - whole)
-        exact.append(whole - logprobs(full(double, prompt, r.tokens), r.tokens, 0.7))
-    assert rms([ours]) <= rms(exact if name == "gemma2" else theirs)
+    found = {True: Found(), False: Found()}
+    for r, score, heat in zip(rollouts, scores, heats):
+        prompt, of = given[r.prompt_index], found[r.greedy]
+        of.recorded.append(torch.tensor(r.logprobs).double())
+        of.recomputed.append(score)
+        of.cached.append(logprobs(cached(lm, prompt, r.tokens), r.tokens, heat))
+        of.whole.append(logprobs(full(lm, prompt, r.tokens), r.tokens, heat))
+        of.exact.append(logprobs(full(double, prompt, r.tokens), r.tokens, heat))
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS if n != "llama")])
+@torch.no_grad()
+def test_bf16_logprobs_are_recomputed_more_closely_than_transformers_recomputes_its_own(name):
+    """The policy's own recomputation, as the first update does it, against cached decode and full forward there.
+
+    Against transformers' full forward, which no update computes, no implementation of its own can hold that: exact
+    arithmetic is further from it than its own decode is. There the rollout is as near as two that err by themselves.
+    """
+    for of in everyones_logprobs(name).values():
+        error = of.apart("whole", "exact")
+        theirs = error if name == "gemma2" else of.apart("cached", "whole")
+        assert of.apart("recorded", "recomputed") <= theirs <= 1.2 * error
+        assert of.apart("recorded", "whole") <= math.hypot(of.apart("recorded", "exact"), error)
 
 
 @pytest.mark.slow

@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from architectures import CONFIGS, build
+from safetensors.torch import save_file
 from torch import nn
 
+from rlhf_kernels.integrations.peft_layout import base_fingerprint, save_adapter, saved_fingerprint
 from rlhf_kernels.integrations.transformers import PackedRows
 from rlhf_kernels.nn import HydraModel, LoraSpec, Role
-from rlhf_kernels.nn.lora import lora_layers
+from rlhf_kernels.nn.lora import attach_adapters, lora_layers
 
 IDS = torch.arange(3, 20)
 
@@ -126,3 +128,25 @@ def test_an_adapter_of_other_shape_or_kind_is_an_error(tmp_path):
     (tmp_path / "actor" / "adapter_model.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         hydra().load_adapters(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_an_adapter_on_disk_knows_the_base_it_was_trained_on(name, tmp_path):
+    """The same in float32 and bfloat16, with adapters or without; another where each weight moved by a thousandth."""
+    model = build(name)
+    bare = base_fingerprint(model)
+    assert base_fingerprint(build(name).bfloat16()) == bare
+    attach_adapters(model, {"a": LoraSpec(r=2)})
+    assert base_fingerprint(model) == bare
+    save_adapter(model, "a", tmp_path)
+    assert saved_fingerprint(tmp_path) == bare
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.001)
+    assert base_fingerprint(model) != bare
+    assert base_fingerprint(build(name, seed=1)) != bare
+
+
+def test_an_adapter_of_another_program_does_not_say(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    assert saved_fingerprint(tmp_path) is None

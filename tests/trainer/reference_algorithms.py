@@ -253,3 +253,43 @@ def supervised(nets: dict[str, Net], batch: list, config: Any) -> list[float]:
         loss = loss + (config.reward_loss_coef if actor else 1.0) * torch.log1p(torch.exp(-margin)).mean()
     descend(loss, groups, adam, config)
     return [loss.item()]
+
+
+def gap(net: Net, best: Padded, worst: Padded, temperature: float = 1.0) -> Tensor:
+    """log p(best) - log p(worst), a number a pair."""
+    return logprobs(net, best, temperature).sum(1) - logprobs(net, worst, temperature).sum(1)
+
+
+def dpo(nets: dict[str, Net], batch: list, config: Any) -> list[float]:
+    """nets: actor, reference. Rows have prompt, chosen, rejected; r-dpo's alpha counts their tokens."""
+    chosen = pad([(row.prompt, row.chosen) for row in batch])
+    rejected = pad([(row.prompt, row.rejected) for row in batch])
+    with torch.no_grad():
+        reference = gap(nets["reference"], chosen, rejected)
+    groups = [(nets["actor"].leaves(), config.learning_rate)]
+    adam = optimise(groups, config)
+    z = config.beta * (gap(nets["actor"], chosen, rejected) - reference)
+    if config.algorithm == "r-dpo":
+        z = z + config.length_coef * torch.tensor([float(len(row.chosen) - len(row.rejected)) for row in batch])
+    right = torch.sigmoid(z)
+    loss = -((1 - config.label_smoothing) * right.log() + config.label_smoothing * (1 - right).log()).mean()
+    descend(loss, groups, adam, config)
+    return [loss.item()]
+
+
+def inpo(nets: dict[str, Net], sequences: list, finished: Tensor, config: Any) -> list[float]:
+    """nets: actor, snapshot, reference, reward. sequences: num_generations of each prompt, one after another."""
+    with torch.no_grad():
+        score = shaped(rewards(nets["reward"], pad(sequences)), finished, config).view(-1, config.num_generations)
+        first = torch.arange(len(score)) * config.num_generations
+        best = pad([sequences[i] for i in first + score.argmax(1)])
+        worst = pad([sequences[i] for i in first + score.argmin(1)])
+        anchors = [gap(nets[role], best, worst, config.temperature) for role in ("reference", "snapshot")]
+        tau = config.tau_ratio * config.eta
+    groups = [(nets["actor"].leaves(), config.learning_rate)]
+    adam = optimise(groups, config)
+    h = gap(nets["actor"], best, worst, config.temperature)
+    h = h - tau / config.eta * anchors[0] - (config.eta - tau) / config.eta * anchors[1]
+    loss = ((h - 1 / (2 * config.eta)) ** 2).mean()
+    descend(loss, groups, adam, config)
+    return [loss.item()]

@@ -14,7 +14,7 @@ from rlhf_trainer import core
 from rlhf_trainer.algorithms import TABLE, find, with_defaults
 from rlhf_trainer.models import load_tokenizer
 
-ONLINE = ["ppo", "lora-ppo", "j-hydra-ppo", "hydra-ppo", "remax"]
+ONLINE = [name for name, row in TABLE.items() if row.data is None]
 SHAPED = {"missing_eos_penalty": 0.5, "reward_clip": 0.8, "temperature": 0.7, "kl_coef": 0.3}
 
 
@@ -119,13 +119,15 @@ def test_a_ppo_update_equals_the_reference(files, tmp_path, algorithm, shaping):
     assert_same(run.nets(tmp_path / "after"), before)
 
 
-@pytest.mark.parametrize("rank", [0, 4], ids=["whole", "adapter"])
+@pytest.mark.parametrize(
+    ("rank", "own"), [(0, False), (4, False), (0, True)], ids=["whole", "adapter", "own reward model"]
+)
 @pytest.mark.parametrize(
     ("mode", "loss"), [("cumulative", "sequence"), ("one-step", "token-mean")], ids=["cumulative", "one-step"]
 )
-def test_a_remax_update_equals_the_reference(files, tmp_path, mode, loss, rank):
-    out = str(tmp_path / "out")
-    run = Run(files, "remax", output_dir=out, kl_mode=mode, loss=loss, lora_r=rank, **SHAPED)
+def test_a_remax_update_equals_the_reference(files, tmp_path, mode, loss, rank, own):
+    out, settings = str(tmp_path / "out"), {"reward_model": str(files / "reward_model")} if own else {}
+    run = Run(files, "remax", output_dir=out, kl_mode=mode, loss=loss, lora_r=rank, **SHAPED, **settings)
     before = run.nets(tmp_path / "before")
     pairs = []
     score = run.phase.sampler.score
@@ -249,7 +251,17 @@ def test_every_row_fills_all_defaults(algorithm):
 
 @pytest.mark.parametrize(
     ("algorithm", "copies", "adapters"),
-    [("ppo", 4, 0), ("lora-ppo", 4, 2), ("j-hydra-ppo", 1, 1), ("hydra-ppo", 1, 2), ("remax", 2, 0)],
+    [
+        ("ppo", 4, 0),
+        ("lora-ppo", 4, 2),
+        ("j-hydra-ppo", 1, 1),
+        ("hydra-ppo", 1, 2),
+        ("remax", 2, 0),
+        ("reinforce", 2, 0),
+        ("rloo", 2, 0),
+        ("raft", 2, 0),
+        ("superhf", 1, 1),
+    ],
 )
 def test_layouts_hold_as_many_bases_and_adapters_as_the_papers_say(algorithm, copies, adapters):
     layout = find(algorithm).layout(with_defaults(replace(core.TrainConfig(model="base"), algorithm=algorithm)))

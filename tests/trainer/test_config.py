@@ -70,7 +70,7 @@ def test_an_unknown_key_or_a_wrong_type_is_named(values, words):
         ({"prompts": "missing.jsonl"}, "prompts: 'missing.jsonl' does not exist"),
         ({"model": "org/name"}, "prompts: needed"),
         ({"reward": ["a:b"], "reward_weights": [1.0, 2.0]}, "reward_weights: 2 weights for 1 rewards"),
-        ({"algorithm": "sft", "reward": ["a:b"]}, "reward: sft scores nothing"),
+        ({"algorithm": "reward", "reward": ["a:b"]}, "reward: the algorithm of that name generates nothing"),
         ({"reward_model": "org/rm"}, "reward_model: hydra-ppo has one base"),
         ({"num_mini_batches": 65}, "num_mini_batches: 65 cannot be cut from rollout_batch_size=64"),
         ({"report_to": ["dvclive"]}, "report_to: dvclive is not installed"),

@@ -98,7 +98,7 @@ def test_a_policy_that_repeats_one_good_sentence_fails_the_controls():
     result = compare(before, after)
     assert result.rise > 0
     assert result.distinct_ratio < 0.7
-    assert not result.passed
+    assert not result.passed()
 
 
 def test_equal_samples_rise_by_nothing():

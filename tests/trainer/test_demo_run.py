@@ -37,9 +37,11 @@ def test_a_former_demo_is_cleared(tmp_path):
     assert not (tmp_path / "demo" / "old").exists()
 
 
-@pytest.mark.parametrize("algorithm", ONLINE)
+@pytest.mark.parametrize("algorithm", settings.TUNED)
 def test_the_tuned_settings_are_valid(algorithm, tmp_path):
-    settings.online(algorithm, tmp_path, tmp_path / "out").validate()
+    (tmp_path / "reward-adapter").mkdir()
+    settings.policy(algorithm, tmp_path, tmp_path / "out").validate()
+    settings.reward_adapter(tmp_path).validate()
     settings.hydra_sft(tmp_path / "base").validate()
 
 
@@ -66,8 +68,10 @@ def test_memory_is_measured_as_planned(algorithm, tmp_path):
 
     base = tmp_path / "base"
     run.train_base(base, seed=0, steps=2)
+    if algorithm == "pe-rlhf":
+        run.train_reward_adapter(base, seed=0, steps=2)
     got = measure.in_fresh_process(algorithm, base)
     rank = settings.ADAPTERS["lora_r"]
-    copies = algorithm != "remax"  # its reference and reward share one frozen copy
+    copies = algorithm not in ("remax", "reinforce", "rloo")  # their reference and reward share one frozen copy
     planned = plan(str(base), algorithm, batch=got.batch, lora_rank=rank, dtype="float32", reward_model=copies)
     assert got.static_bytes == pytest.approx(planned.static, rel=0.02)

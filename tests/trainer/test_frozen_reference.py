@@ -17,7 +17,12 @@ from rlhf_trainer.models import build, load_tokenizer
 UPDATES = 50
 ROLLOUTS = 2  # of 10 completions, 5 epochs in 5 minibatches each
 LENGTHS, PROMPTS = [7, 2, 31, 16, 9, 40], [3, 1, 20, 13, 8, 2]
-LAYOUTS = ["hydra-ppo", "j-hydra-ppo", "lora-ppo", "remax", "ppo-max", "pe-rlhf"]
+QUICK = [("hydra-ppo", "float32"), ("hydra-ppo", "bfloat16"), ("lora-ppo", "float32"), ("pe-rlhf", "float32")]
+LAYOUTS = [
+    pytest.param(algorithm, dtype, marks=[] if (algorithm, dtype) in QUICK else pytest.mark.slow)
+    for algorithm in ("hydra-ppo", "j-hydra-ppo", "lora-ppo", "remax", "ppo-max", "pe-rlhf")
+    for dtype in ("float32", "bfloat16")
+]
 
 
 def trained(directory, algorithm, dtype):
@@ -76,8 +81,7 @@ def assert_bits(got, expected, when):
         assert torch.equal(got[name], value), (when, name, (got[name] - value).abs().max())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("algorithm", LAYOUTS)
+@pytest.mark.parametrize(("algorithm", "dtype"), LAYOUTS)
 def test_adapters_off_is_the_frozen_model_to_the_bit_before_and_after_fifty_updates(tmp_path, algorithm, dtype):
     phase, policy, config = trained(tmp_path, algorithm, dtype)
     model, roles = policy.model, tuple(r for r in policy.layout.roles if r != "critic_start")

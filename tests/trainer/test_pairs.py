@@ -1,18 +1,25 @@
-"""Preference pairs: DPO and R-DPO against numbers worked out by hand, against float64, and in what the policy learns."""
+"""Preference pairs: DPO and R-DPO by hand, against float64 and plain PyTorch, and in what the policy learns."""
 
 import json
 import math
 import random
+import sys
+import types
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
+import reference_algorithms as reference
 import tiny
 import torch
+from test_algorithms import Run, assert_same, transformers_model
 
 from rlhf_trainer import core, train
 from rlhf_trainer.algorithms import Counts, find, with_defaults
 from rlhf_trainer.algorithms.dpo import pack_pairs, pair_logprobs, pair_loss
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.data import Preference
+from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import load_tokenizer
 
 ONE = Counts(3.0, 1.0)
@@ -123,8 +130,70 @@ def test_the_margin_that_length_alone_teaches_shrinks_as_alpha_grows(tmp_path):
         out = str(tmp_path / f"out-{alpha}")
         history = train(settings(tmp_path, "r-dpo", output_dir=out, beta=1.0, length_coef=alpha, **fixed)).history
         margins.append(sum(row["rewards/margins"] for row in history[-4:]) / 4)
-    assert all(less < 0.85 * more for more, less in zip(margins, margins[1:]))
+    assert all(less < 0.85 * more for more, less in pairwise(margins))
     assert margins[-1] > 0
+
+
+@pytest.mark.parametrize("ready", [False, True], ids=["packed", "precomputed"])
+@pytest.mark.parametrize("rank", [0, 4], ids=["whole", "adapter"])
+@pytest.mark.parametrize("algorithm", ["dpo", "r-dpo"])
+def test_an_update_equals_the_reference(tmp_path, algorithm, rank, ready):
+    """Six pairs in three micro-batches, from a policy that has moved off its reference."""
+    config = settings(
+        tmp_path,
+        algorithm,
+        rank,
+        beta=0.5,
+        length_coef=0.05,
+        label_smoothing=0.1,
+        weight_decay=0.1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        precompute_ref_logprobs=ready,
+    )
+    same = {name: value for name, value in vars(config).items() if name not in ("algorithm", "model", "prompts")}
+    run = Run(tmp_path, algorithm, **same)
+    before = run.nets(tmp_path / "before")
+    if "reference" not in before:
+        skeleton = transformers_model(config.model)
+        weights = {name: value.detach().clone() for name, value in skeleton.state_dict().items()}
+        before["reference"] = reference.Net(skeleton, weights)
+    batch = [run.phase.rows[i] for i in run.phase.order.at(0)]
+    metrics = run.phase.step(0)
+    losses = reference.dpo(before, batch, run.config)
+    assert metrics["loss"] == pytest.approx(losses[0], abs=1e-5, rel=1e-5)
+    assert_same(run.nets(tmp_path / "after"), {"actor": before["actor"]})
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "dpo"])
+def test_held_out_prompts_are_completed_and_scored(tmp_path, monkeypatch, algorithm):
+    module = types.ModuleType("pair_rewards")
+    module.words = lambda prompts, completions, **_: [float(len(text.split())) for text in completions]
+    monkeypatch.setitem(sys.modules, "pair_rewards", module)
+    held_out = tiny.prompts(tmp_path / "held_out.jsonl", 5)
+    config = tiny.config(tmp_path, algorithm, eval_prompts=held_out, reward=["pair_rewards:words"], eval_steps=2)
+    train(replace(config, total_steps=4))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval/reward" in row] == [0, 2, 4]
+    assert all(0 < row["eval/reward"] <= row["eval/mean_length"] for row in rows if "eval/reward" in row)
+    if algorithm == "dpo":
+        assert rows[0]["eval/kl"] == 0.0
+        assert rows[-1]["eval/kl"] != 0.0
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in samples} == {0, 2, 4}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes", "words"),
+    [
+        ("reward", {"reward": ["a:b"]}, "generates nothing that could be scored"),
+        ("dpo", {"reward": ["a:b"]}, "reward: dpo scores completions of eval_prompts alone; give some"),
+        ("dpo", {"eval_prompts": "org/prompts"}, "eval_prompts: dpo completes them only to score them; give a reward"),
+    ],
+)
+def test_a_reward_and_held_out_prompts_need_each_other(tmp_path, algorithm, changes, words):
+    with pytest.raises(UserError, match=words):
+        tiny.config(tmp_path, algorithm, **changes).validate()
 
 
 def test_prompt_tokens_do_not_count(tmp_path):

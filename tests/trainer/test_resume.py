@@ -12,6 +12,7 @@ import tiny
 from safetensors.torch import load_file
 
 from rlhf_trainer import checkpoint, train
+from rlhf_trainer.algorithms import TABLE
 from rlhf_trainer.errors import UserError
 
 TIMED = ("timing/", "memory/", "sampling/tokens_per_second")
@@ -26,10 +27,12 @@ def curve(path):
 def settings(tmp_path, name, algorithm, **changes):
     extra = {"kl_controller": "adaptive"} if "ppo" in algorithm else {}
     extra |= {"lr_scheduler_type": "linear", "warmup_steps": 2} if algorithm == "sft" else {}
+    extra |= {"rounds": 6} if algorithm == "inpo" else {}  # of three steps or of six, each step is a round
+    extra |= {"lora_r": 0, "precompute_ref_logprobs": True} if algorithm == "r-dpo" else {}
     return tiny.config(tmp_path, algorithm, output_dir=str(tmp_path / name), **(extra | changes))
 
 
-@pytest.mark.parametrize("algorithm", ["hydra-ppo", "ppo", "remax", "hydra-sft"])
+@pytest.mark.parametrize("algorithm", TABLE)
 def test_three_steps_and_three_more_are_six(tmp_path, algorithm):
     train(settings(tmp_path, "whole", algorithm, total_steps=6))
     train(settings(tmp_path, "split", algorithm, total_steps=3))

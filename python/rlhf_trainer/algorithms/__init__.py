@@ -55,8 +55,10 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
             f"num_generations: is {filled.num_generations}; {row.name} compares a prompt's samples and needs at least "
             f"{row.least_generations}"
         )
-    if filled.kl_estimator != "kl" and row.advantages is None:
+    if filled.kl_estimator != "kl" and (row.data is not None or not row.penalised):
         raise UserError(f"kl_estimator: {row.name} takes no divergence off its rewards; leave it out")
+    if filled.kl_controller != "fixed" and (row.data is not None or not row.penalised):
+        raise UserError(f"kl_controller: {row.name} takes no divergence off its rewards; kl_coef stays as it is")
     if filled.critic_warmup_steps and "critic" not in row.trained:
         raise UserError(f"critic_warmup_steps: is {filled.critic_warmup_steps}; {row.name} has no critic")
     return filled

@@ -100,6 +100,7 @@ class Algorithm:
             micro-batches are cut: 2 for pairs. A loss sees whole groups.
         begin: before the rollout of step `step` (from 0).
         least_generations: the fewest samples a prompt with which the row means anything.
+        penalised: whether `rollout.rewards`, and with them the penalties of `kl_estimator`, are of any effect.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Algorithm:
     scored: tuple[str, ...] = ()
     greedy_baseline: bool = False
     least_generations: int = 1
+    penalised: bool = True
     advantages: Callable[[Rollout, TrainConfig, State], None] | None = None
     normalize: Callable[[Tensor, State, TrainConfig], Tensor] | None = None
     select: Callable[[Rollout, TrainConfig], Tensor] | None = None
@@ -124,17 +126,18 @@ def one_policy(config: TrainConfig) -> Layout:
     """A policy, its reference and the reward model; no critic.
 
     With `lora_r` > 0 an adapter on one base, which without it is the other two; else a whole trained base beside one
-    frozen copy, which serves both heads.
+    frozen copy, which serves both heads. A `reward_model` of its own is one copy more.
     """
-    if config.lora_r:
-        roles = {"actor": Role("actor", "lm"), "reference": Role(None, "lm"), "reward": Role(None, "reward")}
-        return Layout(roles, adapters=("actor",))
+    frozen = "base" if config.lora_r else "reference"
+    bases: dict[str, Source] = {} if config.lora_r else {"reference": "model"}
     roles = {
-        "actor": Role(None, "lm"),
-        "reference": Role(None, "lm", "reference"),
-        "reward": Role(None, "reward", "reference"),
+        "actor": Role("actor" if config.lora_r else None, "lm"),
+        "reference": Role(None, "lm", frozen),
+        "reward": Role(None, "reward", "reward" if config.reward_model else frozen),
     }
-    return Layout(roles, bases={"reference": "model"}, trained_bases=("base",))
+    if config.reward_model:
+        bases["reward"] = "reward_model"
+    return Layout(roles, ("actor",) if config.lora_r else (), bases, () if config.lora_r else ("base",))
 
 
 def best(values: Tensor, config: TrainConfig) -> Tensor:

@@ -84,7 +84,9 @@ def prepare(model: HydraModel, rows: list[Preference], config: TrainConfig) -> l
         part = rows[first : first + size]
         packed = pack_pairs(part, model.device)
         out = model.score(packed.tokens, packed.lengths, roles=(role,), prompt_lengths=packed.prompt_lengths)
-        sums = pair_logprobs(out[role].logprob, packed).T.tolist()
+        logprobs = out[role].logprob
+        assert logprobs is not None
+        sums = pair_logprobs(logprobs, packed).T.tolist()
         found += [replace(row, ref_logprobs=(won, lost)) for row, (won, lost) in zip(part, sums)]
     return found
 

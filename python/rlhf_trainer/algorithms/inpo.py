@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.nn import HydraModel, Role
-from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss
+from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss, Source
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.rollout import Rollout
 
@@ -83,7 +83,7 @@ def _layout(config: TrainConfig) -> Layout:
         "reference": Role(None, "lm", "reference"),
         "reward": Role(None, "reward", "reference"),
     }
-    copies = {"snapshot": "model", "reference": "model"}
+    copies: dict[str, Source] = {"snapshot": "model", "reference": "model"}
     return Layout(roles, bases=copies, trained_bases=("base",), snapshots=("snapshot",))
 
 

@@ -52,7 +52,7 @@ ROWS = (
             "kl_coef": 0.05,
             "vf_coef": 1.0,
             "reward_clip": 5.0,
-            "advantage_clip": 2.0,
+            "advantage_clip": 0.5,
             "weight_decay": 0.0,
             "adam_beta2": 0.95,
             "lora_r": 0,

@@ -53,5 +53,6 @@ ROWS = (
         scored=("actor", "reference"),
         select=select,
         least_generations=2,
+        penalised=False,
     ),
 )

@@ -56,10 +56,10 @@ class Comparison:
     ended_before: float
     ended_after: float
 
-    @property
-    def passed(self) -> bool:
+    def passed(self, least_rise: float = 1.0) -> bool:
         """Whether the rise is there and is no trick of length, repetition or broken text."""
-        return self.rise >= 1 and self.length_control < 0.2 and self.distinct_ratio >= 0.7 and self.nll_rise <= 1
+        controls = self.length_control < 0.2 and self.distinct_ratio >= 0.7 and self.nll_rise <= 1
+        return self.rise >= least_rise and controls
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)

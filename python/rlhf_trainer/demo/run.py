@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from rlhf_trainer.demo.settings import TUNED
 from rlhf_trainer.errors import UserError
-from rlhf_trainer.names import ONLINE
 from rlhf_trainer.options import nearest
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The demo's options; UserError, in one line, for one that cannot be."""
     parser = _Parser(prog="rlhf-train demo", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--algorithm", default="hydra-ppo", help=" | ".join(ONLINE))
+    parser.add_argument("--algorithm", default="hydra-ppo", help=" | ".join(TUNED))
     parser.add_argument("--output", "--output-dir", type=Path, default=Path("output/demo"), help="where the results go")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=None, help="fewer or more rollouts than the tuned number")
@@ -44,12 +44,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=0, help="only scores: this many seeds of every --algorithms")
     parser.add_argument("--algorithms", default="all", help="for --seeds: names separated by commas, or all")
     options = parser.parse_args(list(argv))
-    names = ONLINE if options.algorithms == "all" else tuple(options.algorithms.split(","))
+    names = tuple(TUNED) if options.algorithms == "all" else tuple(options.algorithms.split(","))
     for name in (options.algorithm, *names):
-        if name not in ONLINE:
-            close = nearest(name, ONLINE)
+        if name not in TUNED:
+            close = nearest(name, TUNED)
             hint = f"; did you mean {close}?" if close else ""
-            raise UserError(f"demo: algorithm {name!r} is not one of {', '.join(ONLINE)}{hint}")
+            raise UserError(f"demo: algorithm {name!r} is not one of {', '.join(TUNED)}{hint}")
     for name in ("steps", "sft_steps"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"demo: --{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
@@ -120,6 +120,15 @@ def train_base(base: Path, seed: int, steps: int | None = None) -> None:
     print(f"the reward head tells the better of two completions in {right:.0%} of the last {len(last)} batches")
 
 
+def train_reward_adapter(base: Path, seed: int, steps: int | None = None) -> None:
+    """The reward model of pe-rlhf from the preference pairs: an adapter on the model in `base`, below it."""
+    from rlhf_trainer import train
+    from rlhf_trainer.demo import settings
+
+    changes: dict[str, Any] = {"logging_steps": 5 * QUIET_STEPS}
+    train(settings.reward_adapter(base, seed, **changes | ({} if steps is None else {"total_steps": steps})))
+
+
 def train_policy(
     algorithm: str, base: Path, output: Path, seed: int, steps: int | None = None, **changes: Any
 ) -> "tuple[Sampled, Sampled, Comparison]":
@@ -130,7 +139,9 @@ def train_policy(
     from rlhf_trainer.demo import evaluate, settings
 
     changes = {"logging_steps": QUIET_STEPS} | changes | ({} if steps is None else {"total_steps": steps})
-    train(settings.online(algorithm, base, output, seed, **changes))
+    if algorithm == "pe-rlhf":
+        train_reward_adapter(base, seed, steps)
+    train(settings.policy(algorithm, base, output, seed, **changes))
     tokenizer, prompts, sft = AutoTokenizer.from_pretrained(base), evaluate.held_out_prompts(), evaluate.load_sft(base)
     before = evaluate.sample(sft, sft, tokenizer, prompts)
     after = evaluate.sample(evaluate.load_policy(base, output), sft, tokenizer, prompts)

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_trainer.demo.evaluate import Comparison, Sampled
+from rlhf_trainer.demo.settings import least_rise
 from rlhf_trainer.plots import BLUE, INK, ORANGE, QUIET, SIZE, STYLE
 
 if TYPE_CHECKING:
@@ -23,11 +24,17 @@ def comparison_table(algorithm: str, result: Comparison) -> Table:
     table = Table(title=f"{algorithm} on 256 held-out prompts", title_justify="left", title_style="bold")
     for name, justify in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right"), ("", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    rise = result.gold_after - result.gold_before
+    rise, least = result.gold_after - result.gold_before, least_rise(algorithm)
     reward_rise = result.reward_after - result.reward_before
     rows = (
         ("gold score (points)", f"{result.gold_before:.1f}", f"{result.gold_after:.1f}", f"{rise:+.1f}", ""),
-        ("  in standard deviations", "", "", f"{result.rise:+.2f}", verdict(result.rise >= 1, "at least +1.00")),
+        (
+            "  in standard deviations",
+            "",
+            "",
+            f"{result.rise:+.2f}",
+            verdict(result.rise >= least, f"at least {least:+.2f}"),
+        ),
         ("reward model", f"{result.reward_before:.2f}", f"{result.reward_after:.2f}", f"{reward_rise:+.2f}", ""),
         ("tokens", f"{result.tokens_before:.1f}", f"{result.tokens_after:.1f}", "", ""),
         ("ended by themselves", f"{result.ended_before:.0%}", f"{result.ended_after:.0%}", "", ""),

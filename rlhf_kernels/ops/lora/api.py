@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from rlhf_kernels.ops import registry
+from rlhf_kernels.ops.lora import direct
 from rlhf_kernels.ops.lora.autograd import apply, as_autocast
 from rlhf_kernels.ops.lora.checks import (
     check_grad_rows,
@@ -60,6 +61,10 @@ def lora_linear(
 
     Source: LoRA (arXiv 2106.09685), routed by row as Hydra-RLHF's dynamic LoRA (arXiv 2309.00754) needs it.
     """
+    if routing is not None and adapter_index is None and ranks is None and grad_rows is None:
+        y = direct.linear(x, weight, lora_a, lora_b, scaling, bias, routing)
+        if y is not None:
+            return y
     return _projections(
         x, (weight,), (lora_a,), (lora_b,), adapter_index, scaling, (bias,), ranks, grad_rows, routing, ("",)
     )[0]

@@ -72,6 +72,34 @@ def sample(
     return token.view(shape), logprob.view(shape)
 
 
+def sample_known(
+    logits: Tensor,
+    *,
+    temperature: Tensor,
+    top_k: int | Tensor,
+    top_p: float | Tensor,
+    min_p: float | Tensor,
+    greedy: Tensor,
+    **numbers: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`sample` of [n, V] for parameters that are known to be right: [n] each, of the types that `sample` converts to
+    (temperature any float); a filter that is off is a number. Checking them would take as long as drawing."""
+    if registry.choose("sample", logits) != "native":
+        return sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, greedy=greedy, **numbers)
+    n = (len(logits),)
+    heat = temperature.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    still = heat == 0
+    if not isinstance(top_k, Tensor):
+        top_k = torch.full(n, top_k, device=logits.device)
+    if not isinstance(top_p, Tensor):
+        top_p = torch.full(n, top_p, dtype=torch.float64, device=logits.device)
+    if not isinstance(min_p, Tensor):
+        min_p = torch.full(n, min_p, dtype=torch.float64, device=logits.device)
+    cut = -min_p.log().float()
+    order = (numbers[name] for name in ("seed", "stream", "sample_index", "position"))
+    return native.sample(logits, heat.masked_fill(still, 1.0), top_k, top_p, cut, *order, greedy | still)
+
+
 def _per_row(name: str, value: bool | float | Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
     """`value` as a contiguous tensor of one `dtype` element a row."""
     shape = logits.shape[:-1]
