@@ -129,8 +129,7 @@ def markdown(result: dict[str, Any]) -> str:
     within = sum(e <= BOUND for e in errors)
     parts = [
         f"### `memory`: planned beside measured on {result['machine']['cpu']}",
-        f"Measured {' and '.join(days)} at commit {' and '.join(commits)} with {made_with}. A miss, if any, is a bfloat16 "
-        "run of whole models on a small shape: two steps see fewer lengths of rows than oneDNN may keep products of.",
+        f"Measured {' and '.join(days)} at commit {' and '.join(commits)} with {made_with}.",
         f"Peaks of {within} of {len(runs)} runs are within {BOUND:.0%} of the plan (the farthest {max(errors):.1%} off)"
         f"; static bytes are exact in {sum(r['static'] == r['planned']['static'] for r in runs)}. In MiB.",
     ]
