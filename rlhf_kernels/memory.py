@@ -263,7 +263,7 @@ class _Shape:
         rows.append(PlanRow("activations", other=peak.kept, phase="update", exact=False))
         working = max(0, peak.peak - peak.kept)
         rows.append(PlanRow("working memory", other=working, phase="update", exact=False))
-        rows.append(PlanRow("temporaries", other=self.temporaries, phase="optimiser", exact=False))
+        rows.append(PlanRow("wider gradients", other=self.temporaries, phase="optimiser"))
         phases = dict.fromkeys(row.phase for row in rows)
         rows += [PlanRow("kept by libraries", other=peak.libraries, phase=phase, exact=False) for phase in phases]
         return tuple(rows)

@@ -22,7 +22,7 @@ def table(plan: "Plan") -> str:
     for phase, peak in plan.peaks.items():
         mark = " <- the peak" if phase == plan.phase else ""
         lines.append((phase, "", "", "", "~" + format_bytes(peak) + mark))
-        lines += [("  " + r.name, "", "", "", _estimate(r)) for r in plan.rows if r.phase == phase]
+        lines += [("  " + r.name, "", "", "", _estimate(r)) for r in plan.rows if r.phase == phase and r.bytes]
     head = ("", "weights", "gradients", "optimiser", "bytes")
     text = plan.title + "\n" + columns(head, lines, rules=(first - 1, first))
     if plan.budget is not None:

@@ -20,6 +20,7 @@ SCHEMAS = {
     2: "140d33c51ab2bcdc",
     3: "a986c17da8ffd9e3",
     4: "5b0130a77f9eadd8",
+    5: "62d31b156a0bb5b1",
 }  # ABI -> digest of the schemas that have it
 ROW_KERNELS = ("mass_chunk", "ratio_chunk", "exp_chunk", "js_chunk", "grad_plain", "grad_ratio", "block_weights")
 ROW_KERNELS += ("load_bf16", "load_half", "store_bf16", "store_half")

@@ -15,7 +15,7 @@ import torch
 Backend = Literal["naive", "native", "triton"]
 PREFERENCE: tuple[Backend, ...] = ("native", "triton", "naive")
 
-ABI = 4  # of the compiled ops; rises with every change of a schema or of its meaning, here and in csrc/schema.cpp
+ABI = 5  # of the compiled ops; rises with every change of a schema or of its meaning, here and in csrc/schema.cpp
 
 _served: dict[tuple[str, str], set[tuple[str, torch.dtype]]] = {}
 

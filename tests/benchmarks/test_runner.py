@@ -337,8 +337,10 @@ def test_on_a_gpu_times_come_from_events_and_peaks_from_the_allocator(monkeypatc
     assert runner._seconds(run, "cuda", repeats=5) == pytest.approx(0.05)
     assert calls == ["synchronize", *["run"] * 5, "synchronize"]
     calls.clear()
-    assert memory._cuda_growth(run) == 4000
-    assert calls == ["synchronize", "empty_cache", "reset_peak_memory_stats", "run", "synchronize"]
+    memory.settle("cuda")
+    assert calls == ["synchronize", "empty_cache", "reset_peak_memory_stats"]
+    assert (memory.held_bytes("cuda"), memory.peak_bytes("cuda")) == (1000, 5000)
+    assert calls[3:] == ["synchronize"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is what happens without a GPU")

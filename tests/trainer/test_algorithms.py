@@ -244,7 +244,7 @@ def test_remax_advantages_have_the_papers_signs(mode):
 def test_every_row_fills_all_defaults(algorithm):
     config = with_defaults(replace(core.TrainConfig(model="base"), algorithm=algorithm))
     shaping = ("missing_eos_penalty", "reward_clip", "advantage_clip", "reward_model", "reward_batch_size")
-    shaping += ("prompts", "eval_prompts", "demonstrations", "max_active")
+    shaping += ("prompts", "eval_prompts", "demonstrations", "max_active", "memory_budget")
     empty = [name for name, value in vars(config).items() if value is None and name not in shaping]
     assert empty == []
 
