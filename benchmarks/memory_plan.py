@@ -54,7 +54,8 @@ def measure(chosen: Iterable[Work], known: dict[str, Any]) -> Iterator[dict[str,
                     runner.stdin.write(key + "\n")
                     runner.stdin.flush()
                     answer = runner.stdout.readline()
-                    record = {"work": asdict(work)} | (json.loads(answer) if answer else {"error": "no answer"})
+                    record = {"work": asdict(work), "date": today(), "commit": commit()}
+                    record |= json.loads(answer) if answer else {"error": "no answer"}
                 with tempfile.TemporaryDirectory() as place:  # planned anew: what was measured stays true
                     yield record | ({} if "error" in record else {"planned": planned(work, Path(place))})
 
@@ -81,8 +82,6 @@ def run(only: str | None, file: Path | None, again: bool) -> dict[str, Any]:
     chosen = [w for w in works() if only is None or only in f"{w.algorithm} {w.size} {w.dtype}"]
     result: dict[str, Any] = {
         "benchmark": "memory",
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": commit(),
         "versions": versions(),
         "machine": describe("cpu"),
         "runs": [],
@@ -96,6 +95,10 @@ def run(only: str | None, file: Path | None, again: bool) -> dict[str, Any]:
             rest = [r for key, r in known.items() if key not in done]
             file.write_text(json.dumps(result | {"runs": result["runs"] + rest}, indent=1) + "\n")
     return result
+
+
+def today() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d")
 
 
 def peaks(record: dict[str, Any]) -> tuple[int, int, str]:
@@ -120,12 +123,13 @@ def line(record: dict[str, Any]) -> str:
 def markdown(result: dict[str, Any]) -> str:
     """A table a size: a line an algorithm, fp32 and bf16 side by side."""
     runs = [r for r in result["runs"] if "error" not in r]
+    days, commits = (sorted({r[key] for r in runs}) for key in ("date", "commit"))
     made_with = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     errors = [abs(peaks(r)[0] / peaks(r)[1] - 1) for r in runs]
     within = sum(e <= BOUND for e in errors)
     parts = [
         f"### `memory`: planned beside measured on {result['machine']['cpu']}",
-        f"Measured {result['date']} at commit {result['commit']} with {made_with}.",
+        f"Measured {' and '.join(days)} at commit {' and '.join(commits)} with {made_with}.",
         f"Peaks of {within} of {len(runs)} runs are within {BOUND:.0%} of the plan (the farthest {max(errors):.1%} off)"
         f"; static bytes are exact in {sum(r['static'] == r['planned']['static'] for r in runs)}. In MiB.",
     ]

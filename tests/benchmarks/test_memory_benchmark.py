@@ -15,6 +15,8 @@ def record(planned: int, measured: int) -> dict:
     shape = {"batch": 4, "prompt": 64, "response": 64, "lora_rank": 16}
     return {
         "work": work | shape,
+        "date": "today",
+        "commit": "abc",
         "static": 2**20,
         "peaks": {"rollout": 1, "update": measured},
         "planned": {"static": 2**20, "peaks": {"update": planned}, "parameters": 1},
@@ -23,7 +25,7 @@ def record(planned: int, measured: int) -> dict:
 
 def test_a_run_that_is_not_within_bounds_is_called_missed():
     runs = [record(100 * 2**20, 98 * 2**20), record(80 * 2**20, 100 * 2**20)]
-    result = {"machine": {"cpu": "a chip"}, "date": "today", "commit": "abc", "versions": {"torch": "2"}, "runs": runs}
+    result = {"machine": {"cpu": "a chip"}, "versions": {"torch": "2"}, "runs": runs}
     text = memory_plan.markdown(result)
     assert "Peaks of 1 of 2 runs are within 10% of the plan (the farthest 20.0% off)" in text
     assert "-20.0% (missed)" in text
