@@ -22,7 +22,7 @@ from benchmarks.machine import ROOT
 from rlhf_kernels.generation import Rollout, SlicedGenerator
 
 SHARES = (1, 2, 4, 8, 16)  # of the bytes that hold every sequence whole at once
-LARGE = 1 << 20
+LARGE = 1 << 16
 PAGE = 4096
 M_MMAP_THRESHOLD = -3
 ACTIVE = 64
