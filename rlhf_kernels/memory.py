@@ -265,7 +265,7 @@ class _Shape:
         rows.append(PlanRow("working memory", other=working, phase="update", exact=False))
         rows.append(PlanRow("wider gradients", other=self.temporaries, phase="optimiser"))
         phases = dict.fromkeys(row.phase for row in rows)
-        rows += [PlanRow("kept by libraries", other=peak.libraries, phase=phase, exact=False) for phase in phases]
+        rows += [PlanRow("libraries, objects", other=peak.libraries, phase=phase, exact=False) for phase in phases]
         return tuple(rows)
 
     def _rollout(self, sequences: int) -> list[PlanRow]:

@@ -17,7 +17,8 @@ LEFT_BYTES, LEAST_TILES, MOST_TILES = 16 << 20, 8, 64  # of packed rows at a tim
 PANEL_BYTES = 768 << 10  # of packed columns at a time
 TILE_ROWS = 1024  # of the bf16 head at a time
 KEPT_A_SHAPE = 560_000  # oneDNN's compiled bf16 product of each shape, which it caches (measured, 0.55 to 0.60 MB)
-PRODUCTS = 48  # that oneDNN may cache: every length of a row is a shape of its own, and its own limit is 1,024
+PRODUCTS = 40  # that oneDNN may cache: every length of a row is a shape of its own, and its own limit is 1,024
+OBJECTS, GENERATOR = 700_000, 1_300_000  # Python's objects for a model, and what a generator keeps (measured)
 KEPT_FP32 = 2 << 20  # MKL's packing buffers, which it does not give back (measured, up to 1.9 MB a thread)
 
 
@@ -38,11 +39,14 @@ def scratch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: S
 
 
 def kept(products: set[tuple[Any, ...]], lengths_vary: bool) -> int:
-    """Bytes that the vendor's libraries hold on to after products of these dtypes and shapes, or of many more."""
+    """Bytes that the vendor's libraries hold on to after products of these dtypes and shapes, or of many more; and
+    Python's objects.
+    """
     narrow = sum(key[0] == torch.bfloat16 for key in products)
     cached = PRODUCTS if narrow and lengths_vary else min(narrow, PRODUCTS)
     single = (4 * (m.numel() + k.numel()) for dtype, m, k in products if dtype == torch.float32)
-    return KEPT_A_SHAPE * cached + min(KEPT_FP32, max(single, default=0))
+    objects = OBJECTS + GENERATOR * lengths_vary
+    return objects + KEPT_A_SHAPE * cached + min(KEPT_FP32, max(single, default=0))
 
 
 def _packed(rows: int, depth: int, item: int) -> int:

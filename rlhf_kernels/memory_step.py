@@ -24,7 +24,7 @@ REPEATED = LAYERS - 2
 
 @dataclass(frozen=True)
 class Peak:
-    """`peak`: the most live bytes; `kept`: those at the end of the forwards; `libraries`: what libraries hold on to."""
+    """`peak`: the most live bytes; `kept`: those at the end of the forwards; `libraries`: what those hold on to."""
 
     peak: int
     kept: int

@@ -66,10 +66,10 @@ def _forward(mlp: Any, x: Tensor) -> Tensor:
     if gate.dtype != up.dtype or not (gate.requires_grad and up.requires_grad):
         return mlp.down_proj(mlp.act_fn(gate) * up)
     product = _Product.apply(gate, up)
-    storage, again = product.untyped_storage().data_ptr(), (gate.detach(), up.detach())
+    storage, again = product.untyped_storage()._cdata, (gate.detach(), up.detach())
 
     def pack(kept: Tensor) -> "Tensor | _View":
-        if kept.untyped_storage().data_ptr() != storage:
+        if kept.untyped_storage()._cdata != storage:
             return kept
         return _View(*again, tuple(kept.shape), kept.stride(), int(kept.storage_offset()))
 

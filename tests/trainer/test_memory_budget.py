@@ -59,7 +59,7 @@ def test_rows_that_learn_from_a_file_keep_the_pairs_of_a_step(tmp_path):
 
 
 def test_a_budget_without_room_names_the_largest_parts(tmp_path):
-    with pytest.raises(UserError, match=r"memory_budget: 97.66 KiB does not hold it: .* parts: base model .* KiB, "):
+    with pytest.raises(UserError, match=r"memory_budget: 97.66 KiB does not hold it: .* parts: .*base model .* KiB"):
         chosen(tmp_path, "ppo", "100KB")
     with pytest.raises(UserError, match=r"memory_budget: .*'much'"):
         tiny.config(tmp_path, memory_budget="much").validate()
@@ -72,7 +72,7 @@ def test_results_do_not_depend_on_the_budget_and_a_resumed_run_keeps_its_choice(
 
     _, planned = chosen(tmp_path, "hydra-ppo", "1GiB")
     free = run("free")
-    bound = run("bound", memory_budget=int(0.8 * planned.total), total_steps=1)
+    bound = run("bound", memory_budget=planned.at_batch(4), total_steps=1)
     assert "micro-batches of" in capsys.readouterr().err
     recorded = yaml.safe_load((tmp_path / "bound" / "config.yaml").read_text())
     size = recorded["per_device_train_batch_size"]
