@@ -1,5 +1,5 @@
-// One job of attention on the CPU: queries of some key/value heads, of one sequence or of several that share their first
-// keys. What a job does is in attention_forward.h and attention_backward.h; attention.cpp makes the jobs.
+// One job of attention on the CPU: queries of some key/value heads, of one sequence or of several that share their
+// first keys. What a job does is in attention_forward.h and attention_backward.h; attention.cpp makes the jobs.
 #pragma once
 
 #include <cstdint>
@@ -57,7 +57,8 @@ struct ForwardJob {
   int64_t phase_count;
   // Key/value heads it takes, and from one to the next how far keys and values lie; q, out and lse go on behind.
   int64_t heads = 1, k_head = 0, v_head = 0;
-  // Not null: the job, of one head, takes some chunks of one phase and leaves their states [chunk, row, state_floats] here.
+  // Not null: the job, of one head, takes some chunks of one phase and leaves their states [chunk, row, state_floats]
+  // here.
   float* states = nullptr;
 };
 
