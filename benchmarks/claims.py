@@ -81,9 +81,11 @@ def write_page(records: dict[str, Record], page: Path = PAGE) -> None:
     """Figures between the page's markers, pictures beside it; parts without a record keep what they have."""
     tables.write_between(page, "summary", summary(records))
     for name, record in records.items():
-        tables.write_between(page, name, section(record))
+        text = section(record)
         for picture, draw in PARTS[name].pictures.items():
             draw(record.data, page.parent / "images" / picture)
+            text += f"\n\n![{name}](images/{picture})"
+        tables.write_between(page, name, text)
 
 
 def run(scale_name: str, only: Sequence[str], write: bool, again: bool) -> None:
