@@ -5,7 +5,6 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "attention.h"
@@ -16,18 +15,6 @@ namespace rlhf_kernels::attention {
 namespace {
 
 constexpr int64_t ROWS_TOGETHER = 16;  // of all heads of a job; with more rows it is not reading that takes the time
-
-// One thread's memory for as long as it lives: an allocation a call would be as long as a short call's work.
-float* scratch_of_thread(int64_t floats) {
-  thread_local std::unique_ptr<Buffer<float>> held;
-  thread_local int64_t size = 0;
-  if (floats > size) {
-    held.reset();
-    held = std::make_unique<Buffer<float>>(floats);
-    size = floats;
-  }
-  return held->data;
-}
 
 inline const int32_t* checked_borders(const torch::stable::Tensor& borders, int64_t tokens) {
   STD_TORCH_CHECK(borders.size(0) >= 1, "borders: empty");
@@ -121,7 +108,7 @@ struct Unit {
 template <typename T>
 void run_units(const Options& options, const Operands<T>& of, const Plan& plan, int64_t low, int64_t high,
                float* states) {
-  float* scratch = scratch_of_thread(forward_scratch(options, plan.most_queries()));
+  float* scratch = kept<float>(forward_scratch(options, plan.most_queries()));
   Unit<T> two[2];
   int now = 0;
   int64_t after = low < high ? low + two[now].set(options, of, plan, low, high - low, states) : high;
@@ -140,7 +127,7 @@ void finish_split(const Options& options, const Operands<T>& of, const Plan& pla
   Unit<T> unit;
   unit.set_queries(options, of, plan, split.first_query, split.queries, head);
   finish(unit.job, states + (head * plan.states + split.states) * state_floats(options), split.chunks,
-         scratch_of_thread(forward_scratch(options, plan.most_queries())));
+         kept<float>(forward_scratch(options, plan.most_queries())));
 }
 
 }  // namespace

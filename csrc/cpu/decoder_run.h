@@ -1,6 +1,5 @@
 // A generation step of a decoder in stages that threads share: what decoder_stack.cpp has checked and laid out.
 #pragma once
-#include <memory>
 #include <vector>
 
 #include "attention_run.h"
@@ -66,18 +65,6 @@ struct Scratch {
   uint32_t *h, *x, *act, *h_last, *x_last, *s;
   uint16_t *q, *out;
 };
-
-// One thread's memory for as long as it lives.
-float* sums_of_thread(int64_t floats) {
-  thread_local std::unique_ptr<Buffer<float>> held;
-  thread_local int64_t size = 0;
-  if (floats > size) {
-    held.reset();
-    held = std::make_unique<Buffer<float>>(floats);
-    size = floats;
-  }
-  return held->data;
-}
 
 constexpr int64_t kHeadColumns = 96;  // of the logits: whole cache lines of a row
 constexpr int64_t kPartsEach = 4;     // of attention for each thread, so that they end together
@@ -192,7 +179,7 @@ class Run {
       const Linear& linear = layer.linear[first + item / chunks];
       if (linear.a.rows == 0) return;
       const Chunk& chunk = rows.chunks[size_t(item % chunks)];
-      float* sums = sums_of_thread(sums_floats_ + tile_floats_);
+      float* sums = kept<float>(sums_floats_ + tile_floats_);
       with_vectors(chunk.vectors, [&](auto v) {
         for (int64_t r = 0; r < linear.a.rows; r += kColumns) {
           const int64_t count = std::min(kColumns, linear.a.rows - r);
@@ -244,7 +231,7 @@ class Run {
   void one_head(const Layer& layer, Projection which, int64_t index, const Chunk& chunk, const uint32_t* x,
                 bool few) const {
     const int64_t d = model_.d, pitch = d + 32;
-    float *sums = sums_of_thread(sums_floats_ + tile_floats_), *more = sums + sums_floats_ / 2;
+    float *sums = kept<float>(sums_floats_ + tile_floats_), *more = sums + sums_floats_ / 2;
     auto* tile = reinterpret_cast<uint16_t*>(sums + sums_floats_);
     if (which != to_q) fetch(which == to_k ? layer.of.k : layer.of.v, chunk, index);
     columns<kV>(layer.linear[which], index * d, d, chunk, x, sums, more);
@@ -302,7 +289,7 @@ class Run {
   void add(Walk& walk, const Linear& linear, const RowSet& rows, const uint32_t* x, uint32_t* h) const {
     walk.run(pieces(model_.hidden, kColumns), [&](int64_t item) {
       const int64_t first = item * kColumns, count = std::min(kColumns, model_.hidden - first);
-      float *sums = sums_of_thread(sums_floats_ + tile_floats_), *more = sums + sums_floats_ / 2;
+      float *sums = kept<float>(sums_floats_ + tile_floats_), *more = sums + sums_floats_ / 2;
       for (const Chunk& chunk : rows.chunks) {
         with_vectors(chunk.vectors, [&](auto v) {
           columns<v>(linear, first, count, chunk, x + chunk.before * linear.w.words, sums, more);
@@ -315,7 +302,7 @@ class Run {
   void gate(Walk& walk, const Layer& layer, const RowSet& rows, const uint32_t* x) const {
     walk.run(pieces(model_.inner, kColumns), [&](int64_t item) {
       const int64_t first = item * kColumns, count = std::min(kColumns, model_.inner - first);
-      float* sums = sums_of_thread(sums_floats_ + tile_floats_);
+      float* sums = kept<float>(sums_floats_ + tile_floats_);
       for (const Chunk& chunk : rows.chunks) {
         with_vectors(chunk.vectors, [&](auto v) {
           float *up = sums + kColumns * v * kLanes, *more = sums + sums_floats_ / 2;
@@ -332,7 +319,7 @@ class Run {
     const int64_t columns = model_.head.rows;
     walk.run(pieces(columns, kHeadColumns), [&](int64_t item) {
       const int64_t first = item * kHeadColumns, count = std::min(kHeadColumns, columns - first);
-      float* sums = sums_of_thread(sums_floats_ + tile_floats_);
+      float* sums = kept<float>(sums_floats_ + tile_floats_);
       for (const Chunk& chunk : step_.last.chunks) {
         with_vectors(chunk.vectors, [&](auto v) {
           multiply<v>(model_.head, first, count, memory_.x_last + chunk.before * model_.hidden / 2, sums);

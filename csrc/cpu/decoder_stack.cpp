@@ -254,9 +254,9 @@ Tensor decoder_step(Tensor ids, Tensor positions, Tensor wanted, Tensor embeddin
     plans.push_back(plan_of(last, model, borders, lengths, sequences, &step));
   }
   for (const Plan& plan : plans) states = std::max(states, plan.states);
-  const Buffer<float> kept(states * model.kv_heads * rlhf_kernels::attention::state_floats(last.options));
+  const Buffer<float> parts(states * model.kv_heads * rlhf_kernels::attention::state_floats(last.options));
   Stages stages(Run::stages(model));
-  const Run run(model, step, scratch_of(model, step), plans, kept.data, threads);
+  const Run run(model, step, scratch_of(model, step), plans, parts.data, threads);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t lo, int64_t hi) {
     for (int64_t i = lo; i < hi; ++i) run.go(stages);
   });
