@@ -80,6 +80,7 @@ class Runs:
 def trained(base: Path, seed: int, algorithm: str, estimator: str, steps: int | None) -> Data:
     """One run and what came of it on the held-out prompts."""
     from rlhf_trainer.demo.run import train_policy
+    from rlhf_trainer.demo.settings import least_rise
 
     started, output = time.process_time(), base.parent / f"{algorithm}-{estimator}"
     before, after, result = train_policy(
@@ -90,7 +91,8 @@ def trained(base: Path, seed: int, algorithm: str, estimator: str, steps: int | 
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     history = [line for line in lines if "objective/kl" in line]
     return {
-        "algorithm": algorithm, "estimator": estimator, "seed": seed, **result.as_dict(), "passed": result.passed,
+        "algorithm": algorithm, "estimator": estimator, "seed": seed, **result.as_dict(),
+        "passed": result.passed(least_rise(algorithm)),
         "win_rate": wins, "kl": lines[-1]["eval/kl"], "seconds": time.process_time() - started,
         "curve": [(line["objective/kl"], line["reward"]) for line in history],
     }  # fmt: skip

@@ -1,13 +1,15 @@
 """What `python -m benchmarks claims` says is what it measured: copies, bytes, batches, the time model, the page."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import (
     claims,
+    claims_demo,
     claims_exact,
     claims_latency,
     claims_memory,
@@ -18,6 +20,7 @@ from benchmarks import (
 from benchmarks.claims_record import Claim, Record
 from benchmarks.claims_scale import SCALES, TINY, WITH_ADAPTERS, Scale, Workshop, largest_batch
 from benchmarks.claims_trainee import Job, OutOfMemory, Steps, answers, job_of
+from rlhf_trainer.demo.evaluate import Comparison
 
 SCALE = SCALES["tiny"]
 
@@ -212,6 +215,24 @@ def test_quality_allows_for_the_spread_of_the_seeds():
 
     assert verdict((28, 28))  # the mean is 29, the spread 1
     assert not verdict((27.8, 27.8))
+
+
+@pytest.mark.parametrize(("algorithm", "passed"), [("hydra-ppo", False), ("dpo", True)])
+def test_a_run_s_record_is_json_and_judged_by_its_own_algorithm_s_rise(tmp_path, monkeypatch, algorithm, passed):
+    measured = dict.fromkeys([field.name for field in fields(Comparison)], 0.0)
+    result = Comparison(**(measured | {"rise": 0.6, "distinct_ratio": 1.0}))
+    gold = [SimpleNamespace(gold=values) for values in ([1.0, 2.0, 3.0, 4.0], [2.0, 2.0, 1.0, 5.0])]
+
+    def train(algorithm, base, output, seed, steps, **changes):
+        output.mkdir()
+        lines = [{"objective/kl": 0.1, "reward": 1.0}, {"eval/kl": 0.2}]
+        (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return *gold, result
+
+    monkeypatch.setattr("rlhf_trainer.demo.run.train_policy", train)
+    row = json.loads(json.dumps(claims_demo.trained(tmp_path / "base", 0, algorithm, "kl", None)))
+    assert row["passed"] is passed
+    assert (row["win_rate"], row["kl"], row["curve"]) == (0.625, 0.2, [[0.1, 1.0]])
 
 
 @pytest.mark.parametrize("algorithm", ["j-hydra-ppo", "remax"])
