@@ -21,6 +21,8 @@ from rlhf_trainer.demo.gold import Gold, distinct_2, embedded, words
 from rlhf_trainer.demo.settings import ADAPTERS, EVAL_PROMPTS, MAX_COMPLETION
 from rlhf_trainer.rollout import pack
 
+LENGTH_LIMIT, LEAST_DISTINCT, NLL_LIMIT = 0.2, 0.7, 1.0  # of a rise that is no trick
+
 SEED = 20_240_601  # of the evaluation's draws: the same prompts and streams for every model
 
 
@@ -58,8 +60,8 @@ class Comparison:
 
     def passed(self, least_rise: float = 1.0) -> bool:
         """Whether the rise is there and is no trick of length, repetition or broken text."""
-        controls = self.length_control < 0.2 and self.distinct_ratio >= 0.7 and self.nll_rise <= 1
-        return self.rise >= least_rise and controls
+        varied = self.length_control < LENGTH_LIMIT and self.distinct_ratio >= LEAST_DISTINCT
+        return self.rise >= least_rise and varied and self.nll_rise <= NLL_LIMIT
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)

@@ -9,6 +9,7 @@ so that an interrupted study keeps what it has.
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rlhf_trainer.demo.evaluate import Comparison
 from rlhf_trainer.demo.run import train_base, train_policy
 from rlhf_trainer.demo.settings import least_rise
 
@@ -52,9 +54,9 @@ def means(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def passed(algorithm: str, mean: dict[str, float]) -> bool:
-    """The same limits as for one run."""
-    gain = mean["rise"] >= least_rise(algorithm) and mean["length_control"] < 0.2
-    return gain and mean["distinct_ratio"] >= 0.7 and mean["nll_rise"] <= 1
+    """The limits of one run, for the means."""
+    values = {field.name: mean[field.name] for field in fields(Comparison)}
+    return Comparison(**values).passed(least_rise(algorithm))
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

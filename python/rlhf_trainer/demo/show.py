@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_trainer.demo.evaluate import Comparison, Sampled
+from rlhf_trainer.demo.evaluate import LEAST_DISTINCT, LENGTH_LIMIT, NLL_LIMIT, Comparison, Sampled
 from rlhf_trainer.demo.settings import least_rise
 from rlhf_trainer.plots import BLUE, INK, ORANGE, QUIET, SIZE, STYLE
 
@@ -43,9 +43,13 @@ def comparison_table(algorithm: str, result: Comparison) -> Table:
         table.add_row(*row)
     table.add_section()
     control, distinct, nll = result.length_control, result.distinct_ratio, result.nll_rise
-    table.add_row("length alone (std. dev.)", "", "", f"{control:+.2f}", verdict(control < 0.2, "below +0.20"))
-    table.add_row("distinct word pairs", "", "", f"x {distinct:.2f}", verdict(distinct >= 0.7, "at least x 0.70"))
-    table.add_row("nats a token under SFT", "", "", f"{nll:+.2f}", verdict(nll <= 1, "at most +1.00"))
+    limits = (
+        ("length alone (std. dev.)", f"{control:+.2f}", control < LENGTH_LIMIT, f"below {LENGTH_LIMIT:+.2f}"),
+        ("distinct word pairs", f"x {distinct:.2f}", distinct >= LEAST_DISTINCT, f"at least x {LEAST_DISTINCT:.2f}"),
+        ("nats a token under SFT", f"{nll:+.2f}", nll <= NLL_LIMIT, f"at most {NLL_LIMIT:+.2f}"),
+    )
+    for name, change, good, limit in limits:
+        table.add_row(name, "", "", change, verdict(good, limit))
     return table
 
 
