@@ -16,13 +16,7 @@ from .errors import UserError, one_line
 from .names import ALGORITHMS, ONLINE
 from .options import build_parser, check_ranges, option, typed
 
-REWARD_MODEL = (
-    "ppo",
-    "lora-ppo",
-    "ppo-max",
-    "pe-rlhf",
-    "remax",
-)  # those that read a checkpoint of its own for the reward
+REWARD_MODEL = ("ppo", "lora-ppo", "ppo-max", "pe-rlhf", "remax")  # with a checkpoint of its own for the reward
 KL_ESTIMATORS = (
     "kl",
     "clamped_kl",

@@ -45,9 +45,17 @@ class Packed:
     lengths: Tensor
     prompt_lengths: Tensor
 
+    def __len__(self) -> int:
+        return len(self.lengths)
+
     @property
     def completion_lengths(self) -> Tensor:
         return self.lengths - self.prompt_lengths
+
+    def per_sequence(self, per_token: Tensor) -> Tensor:
+        """Sums a [T] field over each completion: [B]."""
+        owner = torch.repeat_interleave(torch.arange(len(self), device=per_token.device), self.completion_lengths)
+        return per_token.new_zeros(len(self)).index_add(0, owner, per_token)
 
 
 def pack(rows: Sequence[tuple[list[int], list[int]]], device: torch.device | str = "cpu") -> Packed:
@@ -80,9 +88,6 @@ class Rollout(Packed):
     advantages: Tensor = UNFILLED
     returns: Tensor = UNFILLED
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
     def select(self, index: Tensor) -> "Rollout":
         """The sequences at `index` (int64 [M]), in that order."""
         where_tokens = _ranges(self.lengths, index)
@@ -99,11 +104,6 @@ class Rollout(Packed):
                 value = value[where]
             chosen[field.name] = value
         return Rollout(**chosen)
-
-    def per_sequence(self, per_token: Tensor) -> Tensor:
-        """Sums a [T] field over each completion: [N]."""
-        owner = torch.repeat_interleave(torch.arange(len(self), device=per_token.device), self.completion_lengths)
-        return per_token.new_zeros(len(self)).index_add_(0, owner, per_token)
 
 
 def _ranges(lengths: Tensor, index: Tensor) -> Tensor:

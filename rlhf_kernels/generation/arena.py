@@ -222,10 +222,8 @@ def _ask_for_huge_pages(buffer: Tensor) -> None:
         return
     start = -(-buffer.data_ptr() // HUGE_PAGE) * HUGE_PAGE
     size = (buffer.data_ptr() + buffer.numel() - start) // HUGE_PAGE * HUGE_PAGE
-    if size > 0:
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_HUGEPAGE
-        )  # or not, as Linux likes
+    if size > 0:  # the answer is not looked at: Linux may refuse
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_HUGEPAGE)
 
 
 def layer_shapes(config: Any) -> list[LayerShape]:

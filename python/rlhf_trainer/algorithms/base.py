@@ -30,7 +30,7 @@ from torch import Tensor
 
 from rlhf_kernels.nn import HydraModel, Role
 from rlhf_trainer.config import TrainConfig
-from rlhf_trainer.rollout import Rollout
+from rlhf_trainer.rollout import Packed, Rollout
 
 Source = Literal["model", "reward_model"]  # which of the configuration's two checkpoints something is loaded from
 State = dict[str, float]  # a row's own running numbers, empty at the start of a run and kept in its checkpoints
@@ -43,6 +43,19 @@ OFFLINE_DEFAULTS: dict[str, Any] = {
     "lora_alpha": 32.0,
     "num_ppo_epochs": 1,
     "kl_coef": 0.0,
+    "vf_coef": 0.0,
+}
+
+
+# The settings that rows share which learn from samples without a critic.
+ONLINE_DEFAULTS: dict[str, Any] = {
+    "learning_rate": 1e-6,
+    "num_ppo_epochs": 1,
+    "kl_coef": 0.03,
+    "weight_decay": 0.0,
+    "adam_beta2": 0.999,
+    "lora_r": 0,
+    "lora_alpha": 32.0,
     "vf_coef": 0.0,
 }
 
@@ -138,6 +151,20 @@ def one_policy(config: TrainConfig) -> Layout:
     if config.reward_model:
         bases["reward"] = "reward_model"
     return Layout(roles, ("actor",) if config.lora_r else (), bases, () if config.lora_r else ("base",))
+
+
+def run(
+    model: HydraModel, batch: Packed, roles: tuple[str, ...], config: TrainConfig, **wanted: Any
+) -> Mapping[str, Any]:
+    """role -> RoleOutput of a micro-batch's completions, with gradients, at the temperature they were sampled at."""
+    return model(
+        batch.tokens,
+        batch.lengths,
+        roles=roles,
+        prompt_lengths=batch.prompt_lengths,
+        temperature=config.temperature,
+        **wanted,
+    )
 
 
 def best(values: Tensor, config: TrainConfig) -> Tensor:

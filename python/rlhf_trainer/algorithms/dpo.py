@@ -30,9 +30,7 @@ def pack_pairs(batch: list[Preference], device: torch.device) -> Packed:
 
 def pair_logprobs(per_token: Tensor, packed: Packed) -> Tensor:
     """Completion logprobs [T] of `pack_pairs` -> their sums [2, pairs]: chosen, rejected."""
-    lengths = packed.completion_lengths
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=per_token.device), lengths)
-    return per_token.new_zeros(len(lengths)).index_add(0, owner, per_token).view(2, -1)
+    return packed.per_sequence(per_token).view(2, -1)
 
 
 def pair_loss(policy: Tensor, reference: Tensor, lengths: Tensor, counts: Counts, config: TrainConfig) -> Loss:

@@ -8,11 +8,13 @@ rounds. It is an adapter beside the policy's, on the base that without them is r
 0 it is a frozen copy, and so is the reference. A prompt whose samples all score the same teaches nothing.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from rlhf_kernels.nn import HydraModel, Role
-from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss, Source
+from rlhf_trainer.algorithms.base import ONLINE_DEFAULTS, Algorithm, Counts, Layout, Loss, best, one_policy, run
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.rollout import Rollout
 
@@ -36,23 +38,15 @@ def _round(step: int, config: TrainConfig) -> int:
 
 def select(rollout: Rollout, config: TrainConfig) -> Tensor:
     """int64 [2 prompts]: of each prompt the best sample, then the worst; twice the same one where all score alike."""
-    samples = config.num_generations or 1
-    scores = rollout.scores.view(-1, samples)
-    best, worst = scores.argmax(1), scores.argmin(1)
-    worst = torch.where(scores.amax(1) == scores.amin(1), best, worst)
-    first = torch.arange(0, len(rollout), samples, device=scores.device)
-    return torch.stack((first + best, first + worst), dim=1).flatten()
+    scores = rollout.scores
+    top, bottom = best(scores, config), best(-scores, config)
+    bottom = torch.where(scores[top] == scores[bottom], top, bottom)
+    return torch.stack((top, bottom), dim=1).flatten()
 
 
 def loss(model: HydraModel, batch: Rollout, counts: Counts, config: TrainConfig) -> Loss:
     """batch: pairs of neighbours, the better first. The mean over pairs."""
-    out = model(
-        batch.tokens,
-        batch.lengths,
-        roles=("actor",),
-        prompt_lengths=batch.prompt_lengths,
-        temperature=config.temperature,
-    )
+    out = run(model, batch, ("actor",), config)
     sums = [batch.per_sequence(x) for x in (out["actor"].logprob, batch.ref_logprobs, batch.snapshot_logprobs)]
     policy, reference, snapshot = (x[0::2] - x[1::2] for x in sums)
     h = policy - config.tau_ratio * reference - (1 - config.tau_ratio) * snapshot
@@ -69,22 +63,14 @@ def loss(model: HydraModel, batch: Rollout, counts: Counts, config: TrainConfig)
 
 
 def _layout(config: TrainConfig) -> Layout:
+    """A policy with its reference and reward, and the snapshot beside it."""
+    layout = one_policy(config)
     if config.lora_r:
-        roles = {
-            "actor": Role("actor", "lm"),
-            "snapshot": Role("snapshot", "lm"),
-            "reference": Role(None, "lm"),
-            "reward": Role(None, "reward"),
-        }
-        return Layout(roles, adapters=("actor", "snapshot"), snapshots=("snapshot",))
-    roles = {
-        "actor": Role(None, "lm"),
-        "snapshot": Role(None, "lm", "snapshot"),
-        "reference": Role(None, "lm", "reference"),
-        "reward": Role(None, "reward", "reference"),
-    }
-    copies: dict[str, Source] = {"snapshot": "model", "reference": "model"}
-    return Layout(roles, bases=copies, trained_bases=("base",), snapshots=("snapshot",))
+        role, adapters, bases = Role("snapshot", "lm"), (*layout.adapters, "snapshot"), layout.bases
+    else:
+        role, adapters, bases = Role(None, "lm", "snapshot"), (), {"snapshot": "model", **layout.bases}
+    roles = {**layout.roles, "snapshot": role}
+    return replace(layout, roles=roles, adapters=adapters, bases=bases, snapshots=("snapshot",))
 
 
 ROWS = (
@@ -93,17 +79,8 @@ ROWS = (
         layout=_layout,
         trained=("actor",),
         loss=loss,
-        defaults={
-            "learning_rate": 5e-6,
-            "num_ppo_epochs": 1,
-            "num_generations": 8,
-            "kl_coef": 0.0,
-            "weight_decay": 0.0,
-            "adam_beta2": 0.999,
-            "lora_r": 128,
-            "lora_alpha": 128.0,
-            "vf_coef": 0.0,
-        },
+        defaults=ONLINE_DEFAULTS
+        | {"learning_rate": 5e-6, "num_generations": 8, "kl_coef": 0.0, "lora_r": 128, "lora_alpha": 128.0},
         scored=("actor", "reference", "snapshot"),
         select=select,
         group=2,

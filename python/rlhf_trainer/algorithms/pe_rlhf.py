@@ -11,7 +11,7 @@ one packed call, one base.
 
 from rlhf_kernels import gae
 from rlhf_kernels.nn import HydraModel, Role
-from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss, State
+from rlhf_trainer.algorithms.base import ONLINE_DEFAULTS, Algorithm, Counts, Layout, Loss, State, run
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.rollout import Rollout
 
@@ -25,13 +25,7 @@ def advantages(rollout: Rollout, config: TrainConfig, state: State) -> None:
 
 def loss(model: HydraModel, batch: Rollout, counts: Counts, config: TrainConfig) -> Loss:
     """Advantage-weighted log-likelihood and the baseline's squared error, from one pass over the policy's rows."""
-    out = model(
-        batch.tokens,
-        batch.lengths,
-        roles=("actor", "critic"),
-        prompt_lengths=batch.prompt_lengths,
-        temperature=config.temperature,
-    )
+    out = run(model, batch, ("actor", "critic"), config)
     logprobs, values = out["actor"].logprob, out["critic"].value
     count = counts.sequences if config.loss == "sequence" else counts.tokens
     policy = -(batch.advantages * logprobs).sum() / count
@@ -55,16 +49,8 @@ ROWS = (
         layout=_layout,
         trained=("actor", "critic"),
         loss=loss,
-        defaults={
-            "learning_rate": 1e-5,
-            "num_ppo_epochs": 1,
-            "kl_coef": 0.05,
-            "vf_coef": 0.1,
-            "weight_decay": 0.0,
-            "adam_beta2": 0.999,
-            "lora_r": 16,
-            "lora_alpha": 16.0,
-        },
+        defaults=ONLINE_DEFAULTS
+        | {"learning_rate": 1e-5, "kl_coef": 0.05, "vf_coef": 0.1, "lora_r": 16, "lora_alpha": 16.0},
         scored=("actor", "reference", "critic"),
         advantages=advantages,
     ),

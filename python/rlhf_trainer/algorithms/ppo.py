@@ -13,7 +13,7 @@ import torch
 
 from rlhf_kernels import gae, masked_whiten
 from rlhf_kernels.nn import HydraModel, Role
-from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss, Source, State
+from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss, Source, State, run
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.rollout import Rollout
 
@@ -34,13 +34,7 @@ def advantages(rollout: Rollout, config: TrainConfig, state: State) -> None:
 
 def loss(model: HydraModel, batch: Rollout, counts: Counts, config: TrainConfig) -> Loss:
     """Clipped policy and value losses; actor and critic run in one packed call."""
-    out = model(
-        batch.tokens,
-        batch.lengths,
-        roles=("actor", "critic"),
-        prompt_lengths=batch.prompt_lengths,
-        temperature=config.temperature,
-    )
+    out = run(model, batch, ("actor", "critic"), config)
     logprobs, values = out["actor"].logprob, out["critic"].value
     log_ratio = logprobs - batch.logprobs
     ratio = log_ratio.exp()

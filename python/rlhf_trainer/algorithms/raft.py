@@ -10,8 +10,7 @@ that alone: a whole trained base with rewards from functions and kl_coef 0 has n
 from torch import Tensor
 
 from rlhf_kernels.nn import HydraModel, Role
-from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss, best, one_policy
-from rlhf_trainer.algorithms.reinforce import DEFAULTS
+from rlhf_trainer.algorithms.base import ONLINE_DEFAULTS, Algorithm, Counts, Layout, Loss, best, one_policy, run
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.rollout import Rollout
 
@@ -23,13 +22,7 @@ def select(rollout: Rollout, config: TrainConfig) -> Tensor:
 
 def loss(model: HydraModel, batch: Rollout, counts: Counts, config: TrainConfig) -> Loss:
     """Cross-entropy of the chosen completions."""
-    out = model(
-        batch.tokens,
-        batch.lengths,
-        roles=("actor",),
-        prompt_lengths=batch.prompt_lengths,
-        temperature=config.temperature,
-    )
+    out = run(model, batch, ("actor",), config)
     logprobs = out["actor"].logprob
     value = -logprobs.sum() / counts.tokens
     return Loss(value, {"loss/sft": value.detach()}, logprobs.detach())
@@ -47,7 +40,7 @@ ROWS = (
         layout=_layout,
         trained=("actor",),
         loss=loss,
-        defaults=DEFAULTS | {"learning_rate": 2e-5, "kl_coef": 0.0, "num_generations": 5},
+        defaults=ONLINE_DEFAULTS | {"learning_rate": 2e-5, "kl_coef": 0.0, "num_generations": 5},
         scored=("actor", "reference"),
         select=select,
         least_generations=2,

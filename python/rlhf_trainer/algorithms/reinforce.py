@@ -9,12 +9,10 @@ No critic, no ratio, no clipping; A is detached. `baseline_decay` < 1 lets REINF
 falls by that factor with each step after it. `loss="token-mean"` divides by tokens instead of completions.
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from rlhf_kernels.nn import HydraModel
-from rlhf_trainer.algorithms.base import Algorithm, Counts, Loss, State, one_policy
+from rlhf_trainer.algorithms.base import ONLINE_DEFAULTS, Algorithm, Counts, Loss, State, one_policy, run
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.rollout import Rollout
 
@@ -42,29 +40,12 @@ def _spread(rollout: Rollout, advantages: Tensor) -> None:
 
 def loss(model: HydraModel, batch: Rollout, counts: Counts, config: TrainConfig) -> Loss:
     """Advantage-weighted log-likelihood of the sampled tokens."""
-    out = model(
-        batch.tokens,
-        batch.lengths,
-        roles=("actor",),
-        prompt_lengths=batch.prompt_lengths,
-        temperature=config.temperature,
-    )
+    out = run(model, batch, ("actor",), config)
     logprobs = out["actor"].logprob
     count = counts.sequences if config.loss == "sequence" else counts.tokens
     value = -(batch.advantages * logprobs).sum() / count
     return Loss(value, {"loss/policy_avg": value.detach()}, logprobs.detach())
 
-
-DEFAULTS: dict[str, Any] = {
-    "learning_rate": 1e-6,
-    "num_ppo_epochs": 1,
-    "kl_coef": 0.03,
-    "weight_decay": 0.0,
-    "adam_beta2": 0.999,
-    "lora_r": 0,
-    "lora_alpha": 32.0,
-    "vf_coef": 0.0,
-}
 
 ROWS = (
     Algorithm(
@@ -72,7 +53,7 @@ ROWS = (
         layout=one_policy,
         trained=("actor",),
         loss=loss,
-        defaults=DEFAULTS,
+        defaults=ONLINE_DEFAULTS,
         scored=("actor", "reference"),
         advantages=reinforce,
     ),
@@ -81,7 +62,7 @@ ROWS = (
         layout=one_policy,
         trained=("actor",),
         loss=loss,
-        defaults=DEFAULTS | {"num_generations": 4},
+        defaults=ONLINE_DEFAULTS | {"num_generations": 4},
         scored=("actor", "reference"),
         advantages=rloo,
         least_generations=2,

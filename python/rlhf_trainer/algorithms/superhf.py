@@ -12,8 +12,7 @@ its weight grows with the batch, and here as in the paper's text it is their mea
 from torch import Tensor
 
 from rlhf_kernels.nn import HydraModel
-from rlhf_trainer.algorithms.base import Algorithm, Counts, Loss, best, one_policy
-from rlhf_trainer.algorithms.reinforce import DEFAULTS
+from rlhf_trainer.algorithms.base import ONLINE_DEFAULTS, Algorithm, Counts, Loss, best, one_policy, run
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.rollout import Rollout
 
@@ -25,15 +24,8 @@ def select(rollout: Rollout, config: TrainConfig) -> Tensor:
 
 def loss(model: HydraModel, batch: Rollout, counts: Counts, config: TrainConfig) -> Loss:
     """Cross-entropy and divergence of the chosen completions, from the same rows."""
-    out = model(
-        batch.tokens,
-        batch.lengths,
-        roles=("actor", "reference"),
-        prompt_lengths=batch.prompt_lengths,
-        temperature=config.temperature,
-        divergence=("rkl",),  # KL(reference || actor)
-        grad_fields=("logprob", "rkl"),
-    )
+    wanted = {"divergence": ("rkl",), "grad_fields": ("logprob", "rkl")}  # rkl: KL(reference || actor)
+    out = run(model, batch, ("actor", "reference"), config, **wanted)
     logprobs, divergence = out["actor"].logprob, out["actor"].rkl
     tokens = batch.completion_lengths
     sft = -(batch.per_sequence(logprobs) / tokens).sum() / counts.sequences
@@ -48,8 +40,7 @@ ROWS = (
         layout=one_policy,
         trained=("actor",),
         loss=loss,
-        defaults=DEFAULTS
-        | {"learning_rate": 2e-5, "kl_coef": 0.35, "num_generations": 16, "lora_r": 4, "lora_alpha": 32.0},
+        defaults=ONLINE_DEFAULTS | {"learning_rate": 2e-5, "kl_coef": 0.35, "num_generations": 16, "lora_r": 4},
         scored=("actor", "reference"),
         select=select,
         least_generations=2,
