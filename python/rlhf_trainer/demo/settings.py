@@ -74,7 +74,7 @@ TUNED: dict[str, dict[str, Any]] = {
     },
     # no ratio, so one pass; one adapter serves policy and baseline
     "pe-rlhf": ADAPTERS
-    | {"learning_rate": 1.5e-3, "num_ppo_epochs": 1, "kl_coef": 0.45, "vf_coef": 0.05, "total_steps": 80},
+    | {"learning_rate": 1.75e-3, "num_ppo_epochs": 1, "kl_coef": 0.38, "vf_coef": 0.05, "total_steps": 80},
     "remax": {"learning_rate": 5e-4, "num_ppo_epochs": 1, "kl_coef": 0.45, "total_steps": 80},
     "reinforce": {"learning_rate": 5e-4, "num_ppo_epochs": 1, "kl_coef": 0.45, "total_steps": 65},
     # a prompt's samples share its prefill: fewer prompts, several samples each
