@@ -23,8 +23,8 @@ TIMED = ("timing/", "memory/", "sampling/tokens_per_second")  # metrics of the m
 TIMEOUT_S = 1200
 
 INTRODUCTION = f"""\
-Largest difference from one process with one micro-batch, over {STEPS} optimiser steps or rollouts of {BATCH} sequences, demo
-model, fp32, gloo; columns: processes x micro-batches of each. Made by `python -m benchmarks processes --write`."""
+Largest difference from one process with one micro-batch, over {STEPS} optimiser steps or rollouts of {BATCH} sequences,
+demo model, fp32, gloo; columns: processes x micro-batches of each. Made by `python -m benchmarks processes --write`."""
 
 
 @dataclass

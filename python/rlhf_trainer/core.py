@@ -253,9 +253,8 @@ def _writing(output_dir: Path, processes: Processes) -> Iterator[None]:
         try:
             yield
         except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"output_dir: writing to {str(output_dir)!r} failed: {one_line(error)}; the checkpoints before are whole"
-            ) from error
+            message = f"writing to {str(output_dir)!r} failed: {one_line(error)}; the checkpoints before are whole"
+            raise UserError(f"output_dir: {message}") from error
 
 
 def _restore(found: checkpoint.Checkpoint, phase: Online | Offline, policy: Policy) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from rlhf_trainer import checkpoint
+from rlhf_trainer import checkpoint, train
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.metrics import read_lines
 from rlhf_trainer.processes import ALONE, Processes, join, summed
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent / "trainer"))
+sys.path += [str(HERE), str(HERE.parent / "trainer")]
 import tiny  # noqa: E402
 
 # of the machine, not of the run; and the sign of a margin that is 0 but for rounding where a round of inpo begins
@@ -82,32 +82,33 @@ def runs(tmp_path_factory):
             held_out = {"eval_prompts": one_prompt} if algorithm == "remax" else {}
             yield settings(folder, f"{algorithm}-{count}", algorithm, **changes, **held_out)
 
-    alone = trained(1, list(configs(1)), folder)
+    for config in configs(1):
+        train(config)
     failing = settings(folder, "failing", "remax", reward=["worker:fails"])
     after = settings(folder, "after", "sft")
-    return folder, alone, trained(2, [*configs(2), failing, after], folder)
+    return folder, trained(2, [*configs(2), failing, after], folder)
 
 
 @pytest.mark.parametrize("algorithm", CASES)
 def test_two_processes_train_as_one(runs, algorithm):
-    folder, *_ = runs
+    folder, _ = runs
     assert_same_runs(folder / f"{algorithm}-2", folder / f"{algorithm}-1")
 
 
 def test_every_process_ends_with_the_same_bits(runs):
-    _, _, (first, second) = runs
+    _, (first, second) = runs
     assert [seen.get("weights") for seen in first] == [seen.get("weights") for seen in second]
 
 
 def test_one_process_writes(runs):
-    folder, *_ = runs
+    folder, _ = runs
     assert [row["step"] for row in read_lines(folder / "hydra-ppo-2" / "metrics.jsonl")] == [1, 2]
     shown = list(read_lines(folder / "hydra-ppo-2" / "samples.jsonl"))
     assert len(shown) == 2 * 6  # of all prompts, in the first step and the last
 
 
 def test_a_reward_that_fails_on_one_process_stops_both_with_its_words_and_a_checkpoint(runs):
-    folder, _, seen = runs
+    folder, seen = runs
     errors = [process[len(CASES)]["error"] for process in seen]
     assert errors[0] == errors[1]
     assert "RewardError: reward 'worker:fails' raised RuntimeError('no luck here') on prompt" in errors[0]
@@ -115,7 +116,7 @@ def test_a_reward_that_fails_on_one_process_stops_both_with_its_words_and_a_chec
 
 
 def test_processes_go_on_together_after_a_run_that_failed(runs):
-    folder, *_ = runs
+    folder, _ = runs
     assert checkpoint.steps(folder / "after") == [2]
 
 
