@@ -53,6 +53,7 @@ def test_the_wheel_carries_both_packages_both_extensions_and_the_demo_checkpoint
     for part in ("rlhf_kernels/_C", "rlhf_kernels/_engine", "rlhf_trainer/cli.py"):
         assert any(n.startswith(part) for n in names), part
     assert any(n.startswith("rlhf_trainer/demo/assets/") and n.endswith(".safetensors") for n in names)
+    assert {f"rlhf_trainer/configs/{name}.yaml" for name in ("cpu_2", "ddp", "fsdp2")} <= set(names)
     assert not any(n.startswith(("tests/", "benchmarks/", "csrc/")) for n in names)
 
 
