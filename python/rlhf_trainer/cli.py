@@ -16,9 +16,10 @@ from .config import GROUPS, TrainConfig, config_parser, read_yaml
 from .errors import UserError, one_line
 from .names import ALGORITHMS, SAMPLING, SUPERVISED
 from .options import build_parser, check_ranges, help_text, nearest, option, parse_flags
+from .signals import Terminated
 
 ALIASES = {"output": "output_dir"}
-BAD_INPUT, INTERRUPTED = 2, 130  # exit codes: a usage error, and 128 + SIGINT
+BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143  # exit codes: a usage error, 128 + SIGINT and 128 + SIGTERM
 
 OVERVIEW = f"""\
 usage: rlhf-train ALGORITHM [--config FILE.yaml] [--option value ...]
@@ -46,9 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # the reader, such as `head`, has seen enough
             sys.stdout = None  # type: ignore[assignment]
             return 0
-        except KeyboardInterrupt:
-            print("rlhf-train: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
-            return INTERRUPTED
+        except (KeyboardInterrupt, Terminated) as stopped:
+            said = str(stopped) or "interrupted; --resume goes on from the last checkpoint"
+            print(f"rlhf-train: {said}", file=sys.stderr)
+            return TERMINATED if isinstance(stopped, Terminated) else INTERRUPTED
         except Exception as error:
             if not expected(error):
                 raise
