@@ -20,8 +20,9 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 class DirectoryLock:
     """Not held until `take`; released on leaving the `with` block, or by the end of the process, whatever ends it."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, active: bool = True) -> None:
+        """active: whether this process is the one of its run that writes; for the others every call does nothing."""
+        self.directory, self.active = directory, active
         self._descriptor: int | None = None
 
     def take(self, make: bool = True) -> bool:
@@ -30,7 +31,7 @@ class DirectoryLock:
         make: makes the directory and its lock file; without it nothing is written, and where there is no lock file
         there is no run either, and no lock is taken.
         """
-        if self._descriptor is not None:
+        if self._descriptor is not None or not self.active:
             return False
         if make:
             self.directory.mkdir(parents=True, exist_ok=True)

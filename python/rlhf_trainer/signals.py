@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+from .processes import ALONE, Processes, speaks
+
 ECHO_S = 0.5  # a signal this soon after the first is the same wish, sent twice
 
 
@@ -44,7 +46,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
-        self._at = 0.0
+        self._at: float | None = None
         self._in_rollout = False
         self._before: dict[int, Any] = {}
 
@@ -61,9 +63,12 @@ class Stop:
         self._before.clear()
 
     @contextmanager
-    def rollout(self) -> Iterator[None]:
-        """Inside it a rollout's progress may leave: nothing was updated that a checkpoint would have to hold."""
-        self._in_rollout = True
+    def rollout(self, processes: Processes = ALONE) -> Iterator[None]:
+        """Inside it a rollout's progress may leave: nothing was updated that a checkpoint would have to hold.
+
+        Several processes finish the step, since they would wait for one that left.
+        """
+        self._in_rollout = processes.count == 1
         try:
             yield
         finally:
@@ -79,6 +84,10 @@ class Stop:
 
         return watched
 
+    def agree(self, processes: Processes) -> None:
+        """Of several processes all are asked when one is. To be called by all."""
+        self.asked = next((asked for asked in processes.each(lambda: self.asked) if asked is not None), None)
+
     def leave_if_asked(self, saved: str = "") -> None:
         """Raises Interrupted or Terminated, with what was saved, once a signal came."""
         if self.asked is not None:
@@ -86,9 +95,10 @@ class Stop:
             raise kind(f"{self.asked.name}: {saved}")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is None:
+        if self._at is None:
             self.asked, self._at = signal.Signals(number), time.monotonic()
-            _say(f"{self.asked.name}: a checkpoint is saved before leaving; once more leaves at once")
+            if speaks():
+                _say(f"{self.asked.name}: a checkpoint is saved before leaving; once more leaves at once")
         elif time.monotonic() - self._at > ECHO_S:
             if sys.stdout.isatty():
                 os.write(1, b"\x1b[?25h")  # the progress bar hid the cursor
