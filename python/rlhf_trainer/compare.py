@@ -4,13 +4,16 @@ One self-contained page: curves by run, reward against KL, the ends of every run
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from html import escape
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .config import TrainConfig
 from .errors import UserError
-from .plots import QUIET, finish, panel, series, smooth, write
+from .plots import QUIET, History, finish, panel, series, smooth, write
 from .report import SUMMARY, Run, ends, grid, html, read_run, write_page
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ PANELS = (  # file, metrics it may come from, title, unit; a run is drawn by the
     ("kl", ("objective/kl",), "Divergence from the reference", "nats a completion"),
     ("length", ("completions/mean_length",), "Length of completions", "tokens, mean"),
 )
+PARTS = ("generate", "score", "update")
 SAME = {
     "output_dir",
     "resume",
@@ -102,26 +106,48 @@ def draw(runs: dict[str, Run]) -> "dict[str, Figure]":
             axes.axhline(0, color=QUIET, linewidth=1)
         _legend(axes, len(runs))
         figures[file] = figure
-    if frontier := _frontier(runs):
-        figures["reward_by_kl"] = frontier
-    return figures
+    against = {
+        "reward_by_kl": _reward_against(runs, "divergence", "nats a completion from the reference", _kl),
+        "reward_by_time": _reward_against(runs, "time", "seconds of generating, scoring and updating", _seconds),
+    }
+    return figures | {file: figure for file, figure in against.items() if figure is not None}
 
 
-def _frontier(runs: dict[str, Run]) -> "Figure | None":
-    """Reward against divergence: what a nat away from the reference has bought."""
-    figure, axes = panel("Reward against divergence", "mean score of a completion")
-    axes.set_xlabel("nats a completion from the reference, mean of neighbouring steps")
+def _reward_against(
+    runs: dict[str, Run], what: str, unit: str, place: Callable[[History], list[float]]
+) -> "Figure | None":
+    """Smoothed reward over something other than steps; a dot where a run is now."""
+    figure, axes = panel(f"Reward against {what}", "mean score of a completion")
+    axes.set_xlabel(unit)
+    axes.xaxis.set_major_locator(_ticks())
     for (name, run), look in zip(runs.items(), _looks()):
-        both = [row for row in run.history if series([row], "reward")[0] and series([row], "objective/kl")[0]]
-        if len(both) < 2:
+        rows = [row for row in run.history if series([row], "reward")[0]]
+        places = place(rows)
+        if len(rows) < 2 or len(places) < len(rows):
             continue
-        kl, reward = (smooth(series(both, metric)[1])[0] for metric in ("objective/kl", "reward"))
-        axes.plot(kl, reward, linewidth=1.6, label=name, alpha=0.9, **look)
-        axes.plot(kl[-1:], reward[-1:], "o", color=look["color"], markersize=6)
+        reward = smooth(series(rows, "reward")[1])[0]
+        axes.plot(places, reward, linewidth=1.8, label=name, **look)
+        axes.plot(places[-1:], reward[-1:], "o", color=look["color"], markersize=6)
     if not axes.lines:
         return None
     _legend(axes, len(runs))
     return figure
+
+
+def _kl(rows: History) -> list[float]:
+    return smooth(series(rows, "objective/kl")[1])[0]
+
+
+def _seconds(rows: History) -> list[float]:
+    """Since the start of the run, at the end of each step; [] where it was not measured."""
+    steps = [sum(float(row.get(f"timing/{part}") or 0) for part in PARTS) for row in rows]
+    return list(accumulate(steps)) if all(steps) else []
+
+
+def _ticks() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(nbins=9, steps=[1, 2, 5, 10])
 
 
 def _looks() -> list[dict[str, Any]]:
@@ -135,35 +161,37 @@ def _legend(axes: Any, runs: int) -> None:
     if runs <= 4 and sum(map(len, labels)) <= 44:
         finish(axes)
     else:
-        longest = max(map(len, labels))
-        axes.figure.legend(loc="outside lower center", ncols=max(1, min(4, 88 // (longest + 5))), handlelength=1.8)
+        columns = max(1, min(4, 88 // (max(map(len, labels)) + 5)))
+        axes.figure.set_figheight(axes.figure.get_figheight() + 0.2 + 0.19 * -(-len(labels) // columns))  # inches
+        axes.figure.legend(loc="outside lower center", ncols=columns, handlelength=1.8)
 
 
 def _ends(runs: dict[str, Run]) -> str:
-    header = "".join(f'<th class="number">{escape(name)}</th>' for name in runs)
-    rows = [f"<tr><th></th>{header}</tr>"]
-    rows.append(_row("steps", [str(run.history[-1]["step"]) for run in runs.values()]))
+    rows = [_row("steps", [str(run.history[-1]["step"]) for run in runs.values()], "number")]
     for metric, label, form in SUMMARY:
         means = [ends(run.history, metric) for run in runs.values()]
         if any(mean is not None for mean in means):
-            rows.append(_row(label, ["" if mean is None else form.format(mean[1]) for mean in means]))
-    return f"<table>{''.join(rows)}</table>"
+            rows.append(_row(label, ["" if mean is None else form.format(mean[1]) for mean in means], "number"))
+    return _table(runs, rows, "number")
 
 
 def _differences(runs: dict[str, Run]) -> str:
-    """The options in which the runs' config.yaml differ."""
+    """The options in which the runs' config.yaml differ; one that an older file lacks had its default."""
+    defaults = asdict(TrainConfig())
     keys = dict.fromkeys(key for run in runs.values() for key in run.config if key not in SAME)
-    header = "".join(f'<th class="number">{escape(name)}</th>' for name in runs)
     rows = []
     for key in keys:
-        values = [str(run.config.get(key, "")) for run in runs.values()]
+        values = [str(run.config.get(key, defaults.get(key))) if run.config else "" for run in runs.values()]
         if len(set(values)) > 1:
-            rows.append(_row(key, values))
-    if not rows:
-        return ""
-    return f"<h2>Options that differ</h2><table><tr><th></th>{header}</tr>{''.join(rows)}</table>"
+            rows.append(_row(key, values, "option"))
+    return f"<h2>Options that differ</h2>{_table(runs, rows, 'option')}" if rows else ""
 
 
-def _row(label: str, values: Sequence[str]) -> str:
-    cells = "".join(f'<td class="number">{escape(value)}</td>' for value in values)
+def _table(runs: dict[str, Run], rows: list[str], kind: str) -> str:
+    header = "".join(f'<th class="{kind}">{escape(name)}</th>' for name in runs)
+    return f'<div class="wide"><table><tr><th></th>{header}</tr>{"".join(rows)}</table></div>'
+
+
+def _row(label: str, values: Sequence[str], kind: str) -> str:
+    cells = "".join(f'<td class="{kind}">{escape(value)}</td>' for value in values)
     return f"<tr><td>{escape(label)}</td>{cells}</tr>"

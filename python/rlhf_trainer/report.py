@@ -45,6 +45,7 @@ table { border-collapse: separate; border-spacing: 0; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: 9px 14px; border-top: 1px solid #eef0f3; }
 tr:first-child th { border-top: 0; color: #6b7280; font-weight: 600; font-size: 13px; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.option { overflow-wrap: anywhere; min-width: 110px; font-size: 13px; } .wide { overflow-x: auto; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; }
 .text b { color: #6b7280; font-weight: 400; }
 .reward { display: inline-block; margin-bottom: 4px; padding: 0 8px; border-radius: 9px; }

@@ -127,7 +127,7 @@ def test_several_runs_are_drawn_in_one_picture_a_metric(tmp_path):
         )
     page = compare([tmp_path / "a", tmp_path / "b"], tmp_path / "both").read_text()
     drawn = {p.stem for p in (tmp_path / "both" / "plots").glob("*.png")}
-    assert drawn == {"reward", "kl", "length", "reward_by_kl"}
+    assert drawn == {"reward", "kl", "length", "reward_by_kl", "reward_by_time"}
     assert page.count("data:image/png;base64,") == len(drawn)
     assert "a: hydra-ppo, 12 of 100 steps<br>b: hydra-ppo, 13 of 100 steps" in page
     differing = page.partition("Options that differ")[2]
