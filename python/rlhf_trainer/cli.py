@@ -9,11 +9,13 @@ import warnings
 from collections.abc import Sequence
 
 from .commands import quiet_libraries, run_command, version_line
-from .errors import UserError, one_line
+from .errors import PeerError, UserError, one_line
 from .flags import COMMANDS, algorithm, load_config
 from .help import algorithm_help, overview
+from .processes import leave, speaks
+from .signals import Terminated
 
-BAD_INPUT, INTERRUPTED = 2, 130  # exit codes: a usage error, and 128 + SIGINT
+BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143  # exit codes: a usage error, 128 + SIGINT and 128 + SIGTERM
 TRAINER = {  # modules that come with the extra `trainer`
     "accelerate",
     "datasets",
@@ -40,15 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BrokenPipeError:  # the reader, such as `head`, has seen enough
             sys.stdout = None  # type: ignore[assignment]
             return 0
-        except KeyboardInterrupt:
-            print("rlhf-train: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
-            return INTERRUPTED
+        except (KeyboardInterrupt, Terminated) as stopped:
+            if speaks():
+                said = str(stopped) or "interrupted; --resume goes on from the last checkpoint"
+                print(f"rlhf-train: {said}", file=sys.stderr)
+            return TERMINATED if isinstance(stopped, Terminated) else INTERRUPTED
         except Exception as error:
             if not expected(error):
                 raise
             if debug:
                 traceback.print_exc()
-            print(f"rlhf-train: error: {_line(error)}", file=sys.stderr)
+            if speaks():
+                print(f"rlhf-train: error: {_line(error)}", file=sys.stderr)
             return BAD_INPUT
 
 
@@ -81,13 +86,15 @@ def train_command(words: list[str]) -> int:
     from . import train
 
     result = train(config)
-    print(f"{config.algorithm}: {result.step} steps, results in {result.output_dir}")
+    leave()
+    if speaks():
+        print(f"{config.algorithm}: {result.step} steps, results in {result.output_dir}")
     return 0
 
 
 def expected(error: Exception) -> bool:
     """Whether an error is the user's to mend: ours by class, a ValueError of this project's code, an extra left out."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | PeerError):
         return True
     if isinstance(error, ModuleNotFoundError):
         return (error.name or "").partition(".")[0] in TRAINER
@@ -107,4 +114,5 @@ def _line(error: Exception) -> str:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"rlhf-train: warning: {one_line(message)}", file=sys.stderr)
+    if speaks():
+        print(f"rlhf-train: warning: {one_line(message)}", file=sys.stderr)
