@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from safetensors.torch import load_file
 
 from benchmarks.machine import ROOT, commit, describe, versions
@@ -67,6 +66,7 @@ def run(kills: int, seed: int, write: bool) -> bool:
     """Strikes `kills` times with signal 9 and once with each other signal a run; whether every resumed run is exact."""
     draw = random.Random(seed)
     torch.set_num_threads(1)  # a pool's threads would not be there in a fork
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         torch.manual_seed(seed)
