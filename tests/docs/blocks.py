@@ -9,7 +9,7 @@ from pathlib import Path
 from rlhf_trainer.names import ALGORITHMS
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/README.md"]
 RUN = ("python", "bash", "yaml")  # every other language is output or prose, and stays as it is
 
 # the last flag of a name counts, so that these stand behind whatever a page says
@@ -41,6 +41,12 @@ TABLE = (
     Instead(r"python -m benchmarks (.*)", r"python -m parse_benchmarks \1", "takes minutes: its flags are parsed"),
     Instead(r"pip install .*", None, "what is installed is what is tested; test_blocks_installed.py installs the wheel"),
 )
+
+
+def set_up(page: Path) -> Path:
+    """Where a page's set-up is, if it has one: setup_memory.py for docs/memory.md."""
+    name = page.stem if page.parent in (ROOT, ROOT / "docs") else f"{page.parent.name}_{page.stem}"
+    return Path(__file__).resolve().parent / f"setup_{name.lower()}.py"
 
 
 def blocks(text: str) -> list[Block]:

@@ -17,14 +17,14 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(1, os.getcwd())  # modules that a page writes
 
-from blocks import Block, blocks, commands, instead, to_run  # noqa: E402
+from blocks import Block, blocks, commands, instead, set_up, to_run  # noqa: E402
 
 SHELL = re.compile(r"[|&;<>$`*?~(){}\n]")
 
 
 def run_page(page: Path, console: bool) -> None:
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    setup = HERE / f"setup_{page.stem.lower()}.py"
+    setup = set_up(page)
     if setup.exists():
         exec(compile(setup.read_text(), str(setup), "exec"), namespace)
     for block in blocks(page.read_text()):

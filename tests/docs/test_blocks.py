@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from blocks import PAGES, ROOT, RUN, TABLE, Block, blocks, commands, instead, to_run
+from blocks import PAGES, ROOT, RUN, TABLE, Block, blocks, commands, instead, set_up, to_run
 
 HERE = Path(__file__).resolve().parent
 COMMAND = re.compile(r"(\$ )?(rlhf-train|python|pip|make|torchrun|accelerate|from \w+ import|import \w+)\b")
@@ -17,6 +17,10 @@ def runs(page: Path) -> list[Block]:
     return [block for block in blocks(page.read_text()) if block.language in RUN]
 
 
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
 def run_page(page: Path, directory: Path) -> subprocess.CompletedProcess[str]:
     """A page in a process of its own, in a directory of its own."""
     command = [sys.executable, str(HERE / "page.py"), str(page)]
@@ -24,7 +28,7 @@ def run_page(page: Path, directory: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=240)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if runs(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if runs(page)], ids=name)
 def test_the_blocks_of_a_page_run_in_order(page, tmp_path):
     done = run_page(page, tmp_path)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
@@ -37,11 +41,10 @@ def test_every_entry_of_the_table_stands_for_something_and_no_page_lacks_its_set
             written += [text for _, text in commands(block)] if block.language == "bash" else [block.text]
     used = {instead(text.partition("\n")[0]) for text in written}
     assert [entry.line for entry in TABLE if entry not in used] == []
-    stems = {page.stem.lower() for page in PAGES}
-    assert {file.stem.removeprefix("setup_") for file in HERE.glob("setup_*.py")} <= stems
+    assert set(HERE.glob("setup_*.py")) <= {set_up(page) for page in PAGES}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_no_command_hides_in_a_block_that_is_not_run(page):
     for block in blocks(page.read_text()):
         if block.language not in RUN:

@@ -5,7 +5,7 @@ import re
 import pytest
 from blocks import PAGES, ROOT
 
-MORE = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")]
+MORE = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")]
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 
 
