@@ -1,4 +1,4 @@
-"""The fused head in a training loop of your own: hidden states in; logprobs, entropy and exact KL out, never the logits.
+"""The fused head in a loop of your own: hidden states in; logprobs, entropy and exact KL out, and never the logits.
 
 python head_in_your_loop.py [MODEL] [--steps 5]
 MODEL: any causal decoder in transformers' format; default: the one that comes with the package.

@@ -5,6 +5,6 @@ import sys
 from blocks import ROOT
 
 sys.path.insert(0, str(ROOT))
-from benchmarks.__main__ import parser  # noqa: E402
+from benchmarks.__main__ import parser
 
 parser().parse_args()

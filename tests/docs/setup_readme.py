@@ -1,4 +1,4 @@
-"""README: tensors for the ops (sequences of 5, 7 and 4 tokens), a model with prompts, and the files of the command lines."""
+"""Tensors for the ops (sequences of 5, 7 and 4 tokens), a model with prompts, and the files of the command lines."""
 
 import torch
 from material import demo_model, demo_rows, reward_module

@@ -70,7 +70,8 @@ def test_a_block_that_fails_fails_its_page_and_is_named_by_its_line(tmp_path):
 def test_later_blocks_see_names_and_files_of_earlier_ones(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
-        "```python\n# mine.py\ntwo = 2\n```\n- in a list\n\n  ```python\n  import mine\n  assert mine.two == two\n  ```\n"
+        "```python\n# mine.py\ntwo = 2\n```\n- in a list\n\n"
+        "  ```python\n  import mine\n  assert mine.two == two\n  ```\n"
         '```bash\npython -c "import mine" \\\n  && cat <<END > said\none\nEND\n```\n'
     )
     done = run_page(page, tmp_path)
@@ -96,7 +97,7 @@ def test_training_runs_are_cut_to_a_step_and_nothing_else_is_changed():
     small = " --total-steps 1 --rollout-batch-size 4 --max-completion-length 8 --no-report"
     assert to_run("rlhf-train remax --seed 1   # why") == f"rlhf-train remax --seed 1{small}   # why"
     assert to_run("rlhf-train --config a.yaml | tail -1") == f"rlhf-train --config a.yaml{small} | tail -1"
-    assert to_run("torchrun -m rlhf_trainer ppo \\\n  --seed 1") == f"torchrun -m rlhf_trainer ppo \\\n  --seed 1{small}"
+    assert to_run("torchrun -m rlhf_trainer ppo \\\n --seed 1") == f"torchrun -m rlhf_trainer ppo \\\n --seed 1{small}"
     assert "--total-steps 2 " in str(to_run("rlhf-train remax --resume"))
     for same in ("rlhf-train plan --model remax", "rlhf-train ppo --help", "ls -l"):
         assert to_run(same) == same

@@ -1,4 +1,4 @@
-"""README in the hands of someone who has only the wheel: a new virtual environment, nothing of the checkout on its path.
+"""README for someone who has only the wheel: a new virtual environment, nothing of the checkout on its path.
 
 Installing needs a package registry and takes minutes; the versions are those of constraints.txt.
 """
