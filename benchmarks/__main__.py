@@ -131,4 +131,5 @@ def _table(args: argparse.Namespace) -> None:
         tables.write_between(ROOT / "benchmarks/README.md", "tables", text)
 
 
-main()
+if __name__ == "__main__":
+    main()
