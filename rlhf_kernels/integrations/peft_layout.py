@@ -7,13 +7,14 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from rlhf_kernels.nn.lora import LoraSpec, adapter_routes, decoder_linears, lora_layers
 
@@ -72,17 +73,21 @@ def save_adapter(model: "PreTrainedModel", name: str, directory: Path) -> None:
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt", FINGERPRINT: base_fingerprint(model)})
 
 
-@torch.no_grad()
 def base_fingerprint(model: "PreTrainedModel") -> str:
-    """Hex digest of a model's own weights: names, shapes and FINGERPRINT_VALUES numbers of each, evenly spaced.
+    """`weights_fingerprint` of a model's own weights, adapters left out."""
+    own = ((n, w) for n, w in model.named_parameters() if ".lora_A." not in n and ".lora_B." not in n)
+    return weights_fingerprint(own)
+
+
+@torch.no_grad()
+def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Hex digest of named weights: names, shapes and FINGERPRINT_VALUES numbers of each, evenly spaced.
 
     Numbers are rounded to bf16, so that a model loaded in float32 and in bfloat16 has one fingerprint. Training
     changes it: of so many numbers some cross a rounding boundary even where each moves by a thousandth of its size.
     """
     digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        if ".lora_A." in name or ".lora_B." in name:
-            continue
+    for name, weight in sorted(weights, key=lambda named: named[0]):
         flat = weight.detach().reshape(-1)
         some = flat[:: max(1, flat.numel() // FINGERPRINT_VALUES)].to("cpu", torch.bfloat16)
         digest.update(f"{name} {tuple(weight.shape)}".encode())

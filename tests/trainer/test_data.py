@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tiny
 
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.data import BatchOrder, load_demonstrations, load_preferences, load_prompts
