@@ -109,6 +109,8 @@ def same(found, expected, atol=1e-4):
     assert any("loss" in row for row in found)
     for row, other in zip(found, expected):
         for name, value in row.items():
+            if name == "rewards/accuracies" and abs(other["rewards/margins"]) < 1e-6:
+                continue  # of equal rewards: rounding decides
             tolerance = max(atol, 1e-3 * abs(other[name])) if name == "grad_norm" else atol * max(1, abs(other[name]))
             assert abs(value - other[name]) <= tolerance, (name, value, other[name])
 
