@@ -57,7 +57,7 @@ def reward(completions, **columns):
     return [len(set(found)) + len(found[0]) / 10 for found in words]
 
 
-def trainer(kind, output_dir, model="llama", lora=False, base=None, data=None, arguments=None, **options):
+def trainer(kind, output_dir, model="llama", lora=False, base=None, arguments=None, **options):
     """A trainer of `kind` whose data, weights and random numbers are the same at every call."""
     names = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "grpo": "GRPO", "rloo": "RLOO"}
     settings = {
@@ -71,7 +71,7 @@ def trainer(kind, output_dir, model="llama", lora=False, base=None, data=None, a
     )
     kind_of = base or getattr(trl, f"{names[kind]}Trainer")
     return kind_of(
-        model=checkpoint(model), args=config, processing_class=tokenizer(), train_dataset=Dataset.from_dict(data or DATA[kind]),
+        model=checkpoint(model), args=config, processing_class=tokenizer(), train_dataset=Dataset.from_dict(DATA[kind]),
         **({"reward_funcs": reward} if sampled else {}), **({"peft_config": adapter()} if lora else {}),
         **(arguments or {}),
     )  # fmt: skip
