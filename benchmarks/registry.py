@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from benchmarks import attention, gae, generation, head, loops, lora, rl, sampling
+from benchmarks import attention, gae, generation, head, loops, lora, rl, sampling, trl
 from benchmarks.case import Case
 
 BENCHMARKS: dict[str, Callable[[str], Iterable[Case]]] = {
@@ -14,4 +14,5 @@ BENCHMARKS: dict[str, Callable[[str], Iterable[Case]]] = {
     "lora": lora.cases,
     "rl": rl.cases,
     "sampling": sampling.cases,
+    "trl": trl.cases,
 }
