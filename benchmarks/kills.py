@@ -1,35 +1,43 @@
 """Kills training runs with signal 9 at random moments, resumes each, and compares it with a run that nobody disturbed.
 
-The runs are the command line's own, in processes of their own, on the embedded model. Half of the kills come at any
-moment of the training; the others wait until the files of a checkpoint (or of the result) are being written or deleted.
-After the kills come a few SIGINT and SIGTERM. What must be the same to the bit: the last checkpoint's weights,
-optimiser state and generators, the result for other programs, samples.jsonl, and metrics.jsonl without times and bytes.
+Each run is the command line's own `main` in a process of its own, forked from this one once the libraries are loaded,
+on a tiny random model. Half of the kills come at any moment of the training; the others wait until the files of a
+checkpoint (or of the result) are being written or deleted. After the kills come a few SIGINT and SIGTERM. What must be
+the same to the bit: the last checkpoint's weights, optimiser state and generators, the result for other programs,
+samples.jsonl, and metrics.jsonl without times and bytes.
 """
 
 import json
+import os
 import random
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT, commit, describe, versions
-from benchmarks.tables import grid, write_between
+import torch
 
-STEPS = 10
+from benchmarks.machine import ROOT, commit, describe, versions
+from benchmarks.memory_plan_run import make_data, make_model
+from benchmarks.tables import grid, write_between
+from rlhf_trainer import cli
+
+STEPS = 8
 TIMED = ("timing/", "memory/", "sampling/tokens_per_second")
 COMMON = {
-    "model": "demo", "total_steps": STEPS, "save_steps": 1, "eval_steps": 4, "rollout_batch_size": 8,
-    "per_device_train_batch_size": 4, "max_completion_length": 16, "kv_memory": "2MiB", "report": False,
+    "total_steps": STEPS, "save_steps": 1, "eval_steps": 3, "rollout_batch_size": 6, "max_prompt_length": 8,
+    "per_device_train_batch_size": 4, "max_completion_length": 8, "kv_memory": "1MiB", "report": False,
+    "reward": ["benchmarks.memory_plan_run:reward"],
 }  # fmt: skip
 # adapters with an adaptive KL coefficient; whole models with running statistics; a snapshot in mid-round; no rollouts
 RUNS: dict[str, dict[str, Any]] = {
-    "hydra-ppo": {"kl_controller": "adaptive", "lr_scheduler_type": "cosine"},
+    "hydra-ppo": {"kl_controller": "adaptive", "lr_scheduler_type": "cosine", "lora_r": 4},
     "ppo-max": {"num_mini_batches": 2},
     "inpo": {"rounds": 3},
     "sft": {"lr_scheduler_type": "linear", "warmup_steps": 2},
@@ -55,8 +63,14 @@ class Blow:
 def run(kills: int, seed: int, write: bool) -> bool:
     """Strikes `kills` times with signal 9 and once with each other signal a run; whether every resumed run is exact."""
     draw = random.Random(seed)
+    torch.set_num_threads(1)  # a pool's threads would not be there in a fork
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
+        torch.manual_seed(seed)
+        make_model("tiny", "float32", folder, True)
+        make_data(folder, 12)
+        for name in RUNS:  # every fork then finds all it needs loaded
+            cli.main(_command(name, folder, "warm", "--total-steps", "1"))
         seconds = {name: _undisturbed(name, folder) for name in RUNS}
         blows = []
         for blow in _plan(kills, draw):
@@ -80,13 +94,82 @@ def _plan(kills: int, draw: random.Random) -> Iterator[Blow]:
             yield Blow(name, number, "any moment")
 
 
+class Run:
+    """A training run in a forked process; its lines go to a file beside its directory."""
+
+    def __init__(self, algorithm: str, folder: Path, name: str, *words: str) -> None:
+        self.place = folder / algorithm / name
+        command = _command(algorithm, folder, name, *words)
+        self.process = fork(self.place.with_suffix(".log"), lambda: cli.main(command))
+        self.code: int | None = None  # of the process, once it has ended; -N: killed by signal N
+
+    def running(self) -> bool:
+        if self.code is None:
+            ended, status = os.waitpid(self.process, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if ended else None
+        return self.code is None
+
+    def wait(self) -> int:
+        """Its exit code."""
+        if self.code is None:
+            self.code = _ended(self.process)
+        return self.code
+
+    def send(self, number: signal.Signals) -> bool:
+        """Strikes and waits for the end; whether it ended by that and not before."""
+        if not self.running():
+            return False
+        os.kill(self.process, number)
+        return self.wait() != 0
+
+    def until(self, there: Callable[[], bool], at_most_s: float = WAIT_S) -> None:
+        """Looks every tenth of a millisecond; what is waited for may be there for hardly longer."""
+        deadline = time.monotonic() + at_most_s
+        while self.running() and time.monotonic() < deadline:
+            if there():
+                return
+            time.sleep(1e-4)
+
+
+def fork(log: Path, work: Callable[[], int]) -> int:
+    """The number of a process that does `work`, whose result is its exit code; its output is appended to `log`."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        code = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def _ended(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def _command(algorithm: str, folder: Path, name: str, *words: str) -> list[str]:
+    """The words behind `rlhf-train`."""
+    place, data = folder / algorithm / name, str(folder / "data.jsonl")
+    place.parent.mkdir(exist_ok=True)
+    inputs = {"eval_prompts": data, "prompts": data, "model": str(folder / "tiny")}
+    config = place.with_name("config.yaml")
+    config.write_text(json.dumps({**COMMON, **inputs, **RUNS[algorithm]}))  # JSON is YAML
+    return [algorithm, "--config", str(config), "--output", str(place), *words]
+
+
 def _undisturbed(algorithm: str, folder: Path) -> float:
-    """Runs it to its end; the seconds from its first line to its last checkpoint."""
-    process = _start(algorithm, folder, "whole")
-    _until(process, lambda: (folder / algorithm / "whole" / "samples.jsonl").exists())
+    """Runs it to its end; the seconds from its first line to its last."""
+    run = Run(algorithm, folder, "whole")
+    run.until(lambda: (run.place / "samples.jsonl").exists())
     begun = time.monotonic()
-    if process.wait():
-        raise RuntimeError(f"{algorithm}: the undisturbed run failed with code {process.returncode}")
+    if run.wait():
+        raise RuntimeError(f"{algorithm}: the undisturbed run failed: {run.place.with_suffix('.log').read_text()}")
     return time.monotonic() - begun
 
 
@@ -94,21 +177,24 @@ def _strike(blow: Blow, folder: Path, seconds: float, draw: random.Random) -> Bl
     """Starts a run, strikes, notes what is left, resumes to the end and compares. Anew when the run ended first."""
     place = folder / blow.algorithm / "struck"
     while True:
-        subprocess.run(["rm", "-rf", str(place)], check=True)
-        process = _start(blow.algorithm, folder, "struck")
-        if blow.aim == "the resumed run":  # it is struck in its first seconds, after a first blow at any moment
-            _wait(process, "any moment", place, seconds, draw)
-            _send(process, signal.SIGKILL)
-            process = _start(blow.algorithm, folder, "struck", "--resume")
-        _wait(process, blow.aim, place, seconds, draw)
-        if _send(process, blow.number):
+        shutil.rmtree(place, ignore_errors=True)
+        run = Run(blow.algorithm, folder, "struck")
+        if blow.aim == "the resumed run":  # as soon as it cuts the log, after a first blow at any moment
+            _wait(run, "any moment", seconds, draw)
+            if not run.send(signal.SIGKILL):
+                continue
+            run = Run(blow.algorithm, folder, "struck", "--resume")
+        _wait(run, blow.aim, seconds, draw)
+        if run.send(blow.number):
             break
-    blow.code = process.returncode
+    blow.code = run.wait()
     blow.logged = _lines(place)
-    blow.left = sorted(entry.name for entry in place.iterdir() if entry.name.startswith((".partial", ".result")))
+    blow.left = sorted(
+        e.name for e in place.iterdir() if e.name.startswith((".partial", ".result")) or ".tmp" in e.name
+    )
     blow.resumed_from = max(_checkpoints(place), default=None)
-    if _start(blow.algorithm, folder, "struck", "--resume").wait():
-        blow.differences = ["--resume failed"]
+    if Run(blow.algorithm, folder, "struck", "--resume").wait():
+        blow.differences = ["--resume failed: " + place.with_suffix(".log").read_text().splitlines()[-1]]
     else:
         blow.differences = list(differences(place.with_name("whole"), place))
     if blow.number != signal.SIGKILL and blow.code != 128 + blow.number:
@@ -116,51 +202,25 @@ def _strike(blow: Blow, folder: Path, seconds: float, draw: random.Random) -> Bl
     return blow
 
 
-def _start(algorithm: str, folder: Path, name: str, *words: str) -> "subprocess.Popen[bytes]":
-    settings = {**COMMON, **RUNS[algorithm]}
-    place = folder / algorithm / name
-    place.parent.mkdir(exist_ok=True)
-    config = place.with_name("config.yaml")
-    config.write_text(json.dumps(settings))  # JSON is YAML
-    command = [sys.executable, "-m", "rlhf_trainer", algorithm, "--config", str(config), "--output", str(place), *words]
-    with place.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log)
-
-
-def _wait(process: "subprocess.Popen[bytes]", aim: str, place: Path, seconds: float, draw: random.Random) -> None:
-    """Returns when it is time to strike, or when the process has ended."""
+def _wait(run: Run, aim: str, seconds: float, draw: random.Random) -> None:
+    """Returns when it is time to strike, or when the run has ended."""
+    place = run.place
     if aim == "any moment":
-        _until(process, lambda: (place / "samples.jsonl").exists())
+        run.until(lambda: (place / "samples.jsonl").exists())
         time.sleep(draw.uniform(0, seconds))
     elif aim == "a write":
         after, files = draw.randrange(STEPS - 1), draw.randrange(6)  # of five, and after the last of them
-        _until(process, lambda: max(_checkpoints(place), default=0) >= after)
-        _until(process, lambda: any(_count(p) >= files for p in place.glob(".partial-checkpoint-*[0-9]")))
+        run.until(lambda: max(_checkpoints(place), default=0) >= after)
+        run.until(lambda: any(_count(partial) >= files for partial in place.glob(".partial-checkpoint-*[0-9]")))
     elif aim == "a deletion":
         after = draw.randrange(2, STEPS - 1)
-        _until(process, lambda: max(_checkpoints(place), default=0) >= after)
-        _until(process, lambda: any(place.glob(".partial-*-old")))
+        run.until(lambda: max(_checkpoints(place), default=0) >= after)
+        run.until(lambda: any(place.glob(".partial-*-old")))
     elif aim == "the result":
         files = draw.randrange(1, 4)
-        _until(process, lambda: any(_count(place / name) >= files for name in (".partial-.result", ".result")))
+        run.until(lambda: any(_count(place / name) >= files for name in (".partial-.result", ".result")))
     else:
-        _until(process, lambda: not any(place.glob(".partial-*")) and (place / "samples.jsonl.tmp").exists(), 20.0)
-
-
-def _until(process: "subprocess.Popen[bytes]", there: Callable[[], bool], at_most_s: float = WAIT_S) -> None:
-    """Looks without pause: what is waited for may be there for less than a millisecond."""
-    deadline = time.monotonic() + at_most_s
-    while process.poll() is None and time.monotonic() < deadline:
-        if there():
-            return
-
-
-def _send(process: "subprocess.Popen[bytes]", number: signal.Signals) -> bool:
-    """Strikes and waits for the end; whether it ended by that and not before."""
-    if process.poll() is not None:
-        return False
-    process.send_signal(number)
-    return process.wait() != 0
+        run.until(lambda: any(place.glob("*.tmp")))
 
 
 def _count(directory: Path) -> int:

@@ -43,6 +43,10 @@ TABLE = (
         r"rlhf-train plan (?!.*--algorithm)(.*--budget.*)", r"rlhf-train plan \1 --algorithm hydra-ppo",
         "seventeen searches for the largest batch take half a minute",
     ),
+    Instead(
+        r"(?:accelerate launch|torchrun) .*-m rlhf_trainer (.*)", r"rlhf-train \1",
+        "takes half a minute: tests/distributed launches several processes",
+    ),
     Instead(r"pip install .*", None, "tested is what is installed here; test_blocks_installed.py installs the wheel"),
 )  # fmt: skip
 
@@ -96,16 +100,21 @@ def complete(command: str) -> bool:
 
 def instead(command: str) -> Instead | None:
     """The table's entry for a command (its comment apart) or for a Python block's first line."""
-    bare = command.partition("  #")[0].strip()
-    return next((entry for entry in TABLE if re.fullmatch(entry.line, bare)), None)
+    return next((entry for entry in TABLE if re.fullmatch(entry.line, bare(command), re.DOTALL)), None)
+
+
+def bare(command: str) -> str:
+    """A command without the comment behind it."""
+    return re.sub(r"\s+# .*$", "", command).strip()
 
 
 def to_run(command: str) -> str | None:
     """What is run for a command: itself, a training run of a step or two, or what the table says; None: nothing."""
     entry = instead(command)
-    if entry is not None:
-        bare = command.partition("  #")[0].strip()
-        return None if entry.run is None else re.sub(entry.line, entry.run, bare)
+    if entry is not None and entry.run is None:
+        return None
+    if entry is not None and entry.run is not None:
+        command = re.sub(entry.line, entry.run, bare(command))
     trainer = TRAINER.search(command)
     if trainer is None or re.search(r"--help\b", command):
         return command

@@ -17,7 +17,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(1, os.getcwd())  # modules that a page writes
 
-from blocks import Block, blocks, commands, instead, set_up, to_run  # noqa: E402
+from blocks import Block, bare, blocks, commands, instead, set_up, to_run  # noqa: E402
 
 SHELL = re.compile(r"[|&;<>$`*?~(){}\n]")
 
@@ -57,21 +57,31 @@ def run_yaml(page: Path, block: Block) -> None:
 
 
 def run_bash(page: Path, block: Block, console: bool) -> None:
+    script: list[str] = []  # commands that one shell runs, so that they share its variables
     for line, written in commands(block):
         command = to_run(written)
         if command is None:
             say(page, line, f"not run: {written}")
-            continue
-        say(page, line, command)
-        bare = command.partition("  #")[0]
-        if console or not bare.startswith("rlhf-train ") or SHELL.search(bare):
-            status = subprocess.run(["bash", "-euo", "pipefail", "-c", command], env=environment()).returncode
+        elif console or not bare(command).startswith("rlhf-train ") or SHELL.search(bare(command)):
+            script += [f"AT='line {line}'", f"echo {shlex.quote(f'== {page.name}, line {line}: {command}')}", command]
         else:
+            run_shell(page, script)
+            script = []
+            say(page, line, command)
             from rlhf_trainer.cli import main
 
-            status = main(shlex.split(bare)[1:])
-        if status:
-            sys.exit(f"{page.name}, line {line}: exit code {status}: {command}")
+            if status := main(shlex.split(bare(command))[1:]):
+                sys.exit(f"{page.name}, line {line}: exit code {status}")
+    run_shell(page, script)
+
+
+def run_shell(page: Path, script: list[str]) -> None:
+    if not script:
+        return
+    trap = f"trap 'echo {page.name}, $AT: exit code $? >&2' ERR"
+    text = "\n".join(["set -euo pipefail", trap, *script])
+    if subprocess.run(["bash", "-c", text], env=environment()).returncode:
+        sys.exit(1)
 
 
 def environment() -> dict[str, str]:

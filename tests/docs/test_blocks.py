@@ -10,7 +10,7 @@ import pytest
 from blocks import PAGES, ROOT, RUN, TABLE, Block, blocks, commands, instead, set_up, to_run
 
 HERE = Path(__file__).resolve().parent
-COMMAND = re.compile(r"(\$ )?(rlhf-train|python|pip|make|torchrun|accelerate|from \w+ import|import \w+)\b")
+COMMAND = re.compile(r"(\$ )?(rlhf-train|python|pip|make|torchrun|accelerate|from \w+ import|import)\s")
 
 
 def runs(page: Path) -> list[Block]:
@@ -97,7 +97,8 @@ def test_training_runs_are_cut_to_a_step_and_nothing_else_is_changed():
     small = " --total-steps 1 --rollout-batch-size 4 --max-completion-length 8 --no-report"
     assert to_run("rlhf-train remax --seed 1   # why") == f"rlhf-train remax --seed 1{small}   # why"
     assert to_run("rlhf-train --config a.yaml | tail -1") == f"rlhf-train --config a.yaml{small} | tail -1"
-    assert to_run("torchrun -m rlhf_trainer ppo \\\n --seed 1") == f"torchrun -m rlhf_trainer ppo \\\n --seed 1{small}"
+    assert to_run("nice python -m rlhf_trainer ppo \\\n -a 1") == f"nice python -m rlhf_trainer ppo \\\n -a 1{small}"
+    assert to_run("torchrun --nproc-per-node 2 -m rlhf_trainer \\\n ppo") == f"rlhf-train \\\n ppo{small}"
     assert "--total-steps 2 " in str(to_run("rlhf-train remax --resume"))
     for same in ("rlhf-train plan --model remax", "rlhf-train ppo --help", "ls -l"):
         assert to_run(same) == same
