@@ -254,7 +254,7 @@ def _check_held_out(config: TrainConfig) -> None:
         return
     if config.reward and config.algorithm == "reward":
         raise UserError("reward: the algorithm of that name generates nothing that could be scored")
-    if config.reward and config.eval_prompts is None and config.model != "demo":
+    if config.reward and config.eval_prompts is None and (config.model != "demo" or config.prompts is not None):
         raise UserError(f"reward: {config.algorithm} scores completions of eval_prompts alone; give some")
     if config.eval_prompts and not config.reward:
         raise UserError(f"eval_prompts: {config.algorithm} completes them only to score them; give a reward")
