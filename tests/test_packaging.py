@@ -150,7 +150,7 @@ def test_a_model_without_transformers_is_an_error_that_names_it(installed, tmp_p
 def test_the_public_names_are_imported_in_less_than_a_third_of_a_second_beyond_torch(installed, tmp_path):
     runs = [[float(word) for word in run_outside(installed, IMPORT, tmp_path, *LAZY).split()] for _ in range(5)]
     torch_alone, package, names, folders = (statistics.median(times) for times in zip(*runs))
-    print(f"import torch {torch_alone:.2f} s, rlhf_kernels {package:.3f}, every name {names:.2f}, folders {folders:.2f}")
+    print(f"torch {torch_alone:.2f} s, rlhf_kernels {package:.3f}, every name {names:.2f}, folders {folders:.2f}")
     assert names < IMPORT_SECONDS, runs
 
 
