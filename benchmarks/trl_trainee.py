@@ -47,7 +47,7 @@ class Steps(TrainerCallback):
         self.sampling_s = 0.0
         self.turns.wait()
 
-    def watch(self, trainer: Trainer) -> None:
+    def watch(self, trainer: Any) -> None:
         """Notes what the trainer's own methods return and take."""
         compute_loss, generate = trainer.compute_loss, getattr(trainer, "_generate", None)
 
@@ -59,11 +59,11 @@ class Steps(TrainerCallback):
         def timed(*args: Any, **kwargs: Any) -> Any:
             started = time.process_time()
             try:
-                return generate(*args, **kwargs)  # type: ignore[misc]
+                return generate(*args, **kwargs)
             finally:
                 self.sampling_s += time.process_time() - started
 
-        trainer.compute_loss = noted  # type: ignore[method-assign]
+        trainer.compute_loss = noted
         if generate is not None:
             trainer._generate = timed
 
