@@ -3,7 +3,7 @@
 import pytest
 import torch
 from architectures import CONFIGS, build
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, Trainer, TrainingArguments
 
 from rlhf_kernels.integrations.transformers import SLICED, register
 
@@ -112,6 +112,36 @@ def test_checkpointed_layers_give_the_same_gradients():
         grads = [p.grad for p in model.parameters()]
         want = want or grads
         assert all(torch.equal(a, b) for a, b in zip(grads, want))
+
+
+def padded(rows):
+    """On the right, by hand: no tokenizer is needed."""
+    length = max(len(row["input_ids"]) for row in rows)
+    ids = torch.tensor([row["input_ids"] + [0] * (length - len(row["input_ids"])) for row in rows])
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": ids.masked_fill(ids == 0, -100)}
+
+
+def packed(rows):
+    """In one row, told apart by their positions."""
+    place = torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None]
+    ids = torch.tensor([[token for row in rows for token in row["input_ids"]]])
+    return {"input_ids": ids, "position_ids": place, "labels": ids.masked_fill(place == 0, -100), "use_cache": False}
+
+
+@pytest.mark.parametrize("collate", [padded, packed])
+def test_transformers_trainer_takes_the_same_steps(collate, tmp_path):
+    rows = [{"input_ids": IDS[i % 3, : 5 + i % 4].tolist()} for i in range(8)]
+    losses = []
+    for model in pair():
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1,
+            save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, remove_unused_columns=False,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, data_collator=collate, train_dataset=rows)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert losses[0][-1] < losses[0][0]
 
 
 @torch.no_grad()
