@@ -44,6 +44,7 @@ bench: .venv/.bench .venv/.trl
 	$(BIN)/python -m benchmarks lora --memory --json benchmarks/results/cpu/lora.json
 	$(BIN)/python -m benchmarks generation --json benchmarks/results/cpu/generation.json
 	$(BIN)/python -m benchmarks rl --json benchmarks/results/cpu/rl.json
+	$(BIN)/python -m benchmarks trl --json benchmarks/results/cpu/trl.json
 	$(BIN)/python -m benchmarks table benchmarks/results/*/*.json --write
 
 # into dist/: the source distribution, the CPU wheel made from it, and one with CUDA code (sm_80, sm_90a) where there are

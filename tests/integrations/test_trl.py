@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from trl_trainers import adapter, both, forbidden, history, same, trainer, trl
+from trl_trainers import adapter, both, forbidden, history, peft, same, trainer, trl
 
 from rlhf_kernels.integrations import peft as accelerated_peft
 from rlhf_kernels.integrations.trl import patch, patched, patching, unpatch
@@ -82,8 +82,28 @@ def test_layers_accelerated_before_the_patch_stay_so_after_it(tmp_path):
     assert set(accelerated_peft.accelerated(made.model).values()) == {None}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
+        peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    ],
+    ids=["a head trained beside adapters", "virtual tokens"],
+)
+def test_what_else_peft_does_to_the_head_s_rows_and_weight_is_served(config, tmp_path, monkeypatch):
+    def build():
+        torch.manual_seed(0)
+        return trainer("sft", tmp_path, arguments={"peft_config": config})
+
+    expected = history(build())
+    made = patch(build())
+    monkeypatch.setattr("trl.kernels.ChunkedLogProbFunction.forward", staticmethod(forbidden))
+    same(history(made), expected)
+
+
 @pytest.mark.parametrize("options", [{"r": 4, "use_dora": True}, {"r": 4, "lora_bias": True}], ids=["DoRA", "biases"])
-def test_adapters_that_are_not_served_leave_the_head_served(options, tmp_path, caplog):
+def test_adapters_that_are_not_served_leave_the_head_served(options, tmp_path):
     config = adapter()
     for name, value in options.items():
         setattr(config, name, value)

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from architectures import build
+import transformers
+from architectures import GATED, SIZES, build
 from torch import nn
 from trl_trainers import random_ids, scored
 
@@ -41,6 +42,31 @@ def test_outputs_and_gradients_are_trl_s(name):
     assert own.keys() == gradients.keys()
     for path, gradient in own.items():
         torch.testing.assert_close(gradient, gradients[path], rtol=1e-3, atol=1e-5, msg=path)
+
+
+def test_the_auxiliary_loss_of_experts_stays_trl_s():
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**SIZES, **GATED, num_local_experts=4, num_experts_per_tok=2)
+    )
+    add_fused_lm_head(model, outputs=EVERYTHING)
+    ids, labels = random_ids()
+    given = {"input_ids": ids, "labels": labels, "output_router_logits": True, "fused_lm_head": True}
+    expected = model(**given)
+    found = patch(model)(**given)
+    close(found, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.aux_loss, expected.aux_loss)
+
+
+@pytest.mark.slow
+def test_under_torch_compile_the_numbers_are_the_same():
+    ids, labels = random_ids()
+    model = with_head()
+    expected = model(input_ids=ids, labels=labels, fused_lm_head=True)
+    compiled = torch.compile(patch(model), backend="aot_eager")
+    found = compiled(input_ids=ids, labels=labels, fused_lm_head=True)
+    close(found, expected, rtol=1e-4, atol=1e-5)
+    found.loss.backward()
 
 
 def test_a_batch_without_labels_is_a_zero_that_can_be_differentiated():
@@ -149,7 +175,7 @@ def test_a_layer_that_something_was_wrapped_around_is_switched_off_and_on(monkey
     with pytest.raises(ZeroDivisionError):
         model(input_ids=ids, labels=labels, fused_lm_head=True)
     patch(model)
-    assert math.isfinite(model(input_ids=ids, labels=labels, fused_lm_head=True).loss)
+    assert math.isfinite(model(input_ids=ids, labels=labels, fused_lm_head=True).loss.detach())
 
 
 @pytest.mark.parametrize("target", [build("llama"), nn.Linear(2, 2)], ids=["without TRL's head", "no language model"])
