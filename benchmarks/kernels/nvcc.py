@@ -107,6 +107,7 @@ def _torch_headers() -> Path:
 
 
 def cuobjdump() -> str:
+    """The program that reads CUDA code out of a library: Triton's wheel has one, and the toolkit here does not."""
     import triton
 
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
