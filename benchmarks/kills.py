@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from benchmarks.memory_plan_run import make_data, make_model
 from benchmarks.tables import grid, write_between
 from rlhf_trainer import cli
 
-STEPS = 8
+STEPS = 6
 TIMED = ("timing/", "memory/", "sampling/tokens_per_second")
 COMMON = {
     "total_steps": STEPS, "save_steps": 1, "eval_steps": 3, "rollout_batch_size": 6, "max_prompt_length": 8,
@@ -70,12 +71,13 @@ def run(kills: int, seed: int, write: bool) -> bool:
         make_model("tiny", "float32", folder, True)
         make_data(folder, 12)
         for name in RUNS:  # every fork then finds all it needs loaded
-            cli.main(_command(name, folder, "warm", "--total-steps", "1"))
+            with redirect_stdout(sys.stderr):
+                cli.main(_command(name, folder, "warm", "--total-steps", "1"))
         seconds = {name: _undisturbed(name, folder) for name in RUNS}
         blows = []
         for blow in _plan(kills, draw):
             blows.append(_strike(blow, folder, seconds[blow.algorithm], draw))
-            print(_row(len(blows), blows[-1]), file=sys.stderr, flush=True)
+            print(*_row(len(blows), blows[-1]), sep=" | ", file=sys.stderr, flush=True)
     text = markdown(blows, kills, seed)
     print(text)
     if write:
@@ -206,8 +208,9 @@ def _wait(run: Run, aim: str, seconds: float, draw: random.Random) -> None:
     """Returns when it is time to strike, or when the run has ended."""
     place = run.place
     if aim == "any moment":
-        run.until(lambda: (place / "samples.jsonl").exists())
-        time.sleep(draw.uniform(0, seconds))
+        after, more = draw.randrange(STEPS + 1), draw.uniform(0, seconds / STEPS)
+        run.until(lambda: (place / "samples.jsonl").exists() and _lines(place) >= after)
+        time.sleep(more)
     elif aim == "a write":
         after, files = draw.randrange(STEPS - 1), draw.randrange(6)  # of five, and after the last of them
         run.until(lambda: max(_checkpoints(place), default=0) >= after)
