@@ -47,6 +47,7 @@ TABLE = (
         r"(?:accelerate launch|torchrun) .*-m rlhf_trainer (.*)", r"rlhf-train \1",
         "takes half a minute: tests/distributed launches several processes",
     ),
+    Instead(r"source <\((.*)\)", r"\1 > sourced && source sourced", "a process substitution hides the exit code"),
     Instead(r"pip install .*", None, "tested is what is installed here; test_blocks_installed.py installs the wheel"),
 )  # fmt: skip
 
