@@ -37,7 +37,7 @@ class Instead:
 
 
 TABLE = (
-    Instead(r"make ([\w-]+).*", rf"make -n -C {ROOT} \1 > make.log", "takes minutes and makes .venv: make only plans it"),
+    Instead(r"make ([\w-]+).*", rf"make -n -C {ROOT} \1 > make.log", "takes minutes, makes .venv: make only plans it"),
     Instead(r"python -m benchmarks (.*)", r"python -m parse_benchmarks \1", "takes minutes: its flags are parsed"),
     Instead(
         r"rlhf-train plan (?!.*--algorithm)(.*--budget.*)", r"rlhf-train plan \1 --algorithm hydra-ppo",
