@@ -15,11 +15,8 @@ from benchmarks.rl_task import Task
 from benchmarks.rl_turns import Turn
 
 THEIRS = "TRL"
-SEQUENCES = Task(
-    layers=8, width=384, inner=1024, heads=6, vocabulary=32768, prompt_tokens=32, new_tokens=96, samples=8,
-    micro_batch=8, mini_batches=1, epochs=1,
-)  # fmt: skip
-SAMPLES = replace(SEQUENCES, new_tokens=64, generations=4)
+SEQUENCES = Task(vocabulary=32768, prompt_tokens=64, new_tokens=192, samples=8, micro_batch=8, mini_batches=1, epochs=1)
+SAMPLES = replace(SEQUENCES, prompt_tokens=32, new_tokens=64, samples=16, micro_batch=16, generations=4)
 TARGETS = (Target(THEIRS, "memory", at_most=0.7),)
 ROUNDS = 2
 

@@ -47,25 +47,28 @@ class Steps(TrainerCallback):
         self.sampling_s = 0.0
         self.turns.wait()
 
-    def watch(self, trainer: Trainer) -> None:
+    def watch(self, trainer: Any) -> None:
         """Notes what the trainer's own methods return and take."""
-        compute_loss, generate = trainer.compute_loss, getattr(trainer, "_generate", None)
+        compute_loss = trainer.compute_loss
+        generate: Any = getattr(trainer, "_generate", None)
 
         def noted(*args: Any, **kwargs: Any) -> Any:
             loss = compute_loss(*args, **kwargs)
             self.loss = float(loss.detach())
             return loss
 
+        trainer.compute_loss = noted
+        if generate is None:
+            return
+
         def timed(*args: Any, **kwargs: Any) -> Any:
             started = time.process_time()
             try:
-                return generate(*args, **kwargs)  # type: ignore[misc]
+                return generate(*args, **kwargs)
             finally:
                 self.sampling_s += time.process_time() - started
 
-        trainer.compute_loss = noted  # type: ignore[method-assign]
-        if generate is not None:
-            trainer._generate = timed
+        trainer._generate = timed
 
 
 def data(kind: str, task: Task) -> Dataset:
