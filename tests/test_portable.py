@@ -5,13 +5,17 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import checkout
+import pybind11
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+CROSS = "aarch64-linux-gnu-g++"
+SOURCES = [path for folder in ("cpu", "engine") for path in sorted((ROOT / "csrc" / folder).glob("*.cpp"))]
 TESTS = ("test_linear_logprob.py", "test_logprob.py", "test_lora.py", "test_sampling.py", "test_attention.py")
 TESTS += ("test_advantage.py", "test_lora_direct.py", "test_lora_routing.py")
 
@@ -27,6 +31,18 @@ def test_without_the_parts_of_x86_64_no_file_includes_its_headers():
     headers = {Path(word).name for word in done.stdout.split()}
     assert {"isa.h", "library.h"} <= headers
     assert not {name for name in headers if re.fullmatch(r"\w*intrin\.h|cpuid\.h", name)}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(CROSS) is None, reason=f"{CROSS} (Debian: g++-aarch64-linux-gnu) is not installed")
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_every_file_compiles_for_aarch64(source):
+    headers = [Path(torch.__file__).parent / "include", pybind11.get_include(), sysconfig.get_path("include")]
+    command = [CROSS, "-fsyntax-only", "-std=c++20", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-I", str(ROOT / "csrc")]
+    command += [word for header in headers for word in ("-isystem", str(header))]
+    done = subprocess.run([*command, str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
