@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import PeerError, UserError, one_line
 
@@ -56,7 +56,8 @@ class Processes:
         """
         if self.count == 1:
             return [work()]
-        result, error = None, None
+        result: Any = None
+        error: Exception | None = None
         try:
             result = work()
         except Exception as raised:
@@ -186,7 +187,6 @@ def _sum_bucket(bucket: Sequence["nn.Parameter"]) -> None:
     torch.distributed.all_reduce(flat)
     *sums, there = flat.split([*(p.numel() for p in bucket), len(bucket)])
     for parameter, total, holders in zip(bucket, sums, there.tolist()):
-        if holders and parameter.grad is None:
-            parameter.grad = torch.empty_like(parameter)
         if holders:
-            parameter.grad.copy_(total.view_as(parameter))
+            gradient = torch.empty_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = gradient.copy_(total.view_as(parameter))
