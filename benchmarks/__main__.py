@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     claims.add_argument("--write", action="store_true", help="keep the records and write docs/reproduction.md")
     claims.add_argument("--again", action="store_true", help="measure nothing: tables of the records that are there")
     kills = commands.add_parser("kills", help="runs killed at random moments and resumed, beside undisturbed ones")
-    kills.add_argument("--kills", type=int, default=20, metavar="N", help="with signal 9; 8 other signals follow")
+    kills.add_argument("--kills", type=int, default=20, metavar="N", help="with signal 9; four other signals follow")
     kills.add_argument("--seed", type=int, default=0, help="of the moments")
     kills.add_argument("--write", action="store_true", help="write the table into docs/checkpoints.md")
     processes = commands.add_parser("processes", help="the same training on 1, 2 and 4 processes")

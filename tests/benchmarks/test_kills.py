@@ -5,6 +5,8 @@ import random
 import signal
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from benchmarks import kills
 from benchmarks.kills import Blow, differences, markdown
@@ -16,7 +18,9 @@ def runs(tmp_path):
     for name, seconds in (("whole", 1.0), ("struck", 2.0)):
         last = tmp_path / name / f"checkpoint-{kills.STEPS}"
         last.mkdir(parents=True)
-        (last / "model.safetensors").write_bytes(b"weights")
+        (last / "vocabulary.txt").write_bytes(b"weights")
+        metadata = {"format": "pt", "fingerprint": "ab"}  # written in an order that differs from process to process
+        save_file({"w": torch.ones(2)}, last / "model.safetensors", metadata=metadata)
         (last / "state.json").write_text(name)
         rows = [{"step": step, "reward": 0.5, "timing/update": seconds} for step in (1, 2)]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -27,11 +31,13 @@ def test_times_and_the_directorys_name_make_no_difference(runs):
     assert list(differences(*runs)) == []
 
 
-@pytest.mark.parametrize("name", [f"checkpoint-{kills.STEPS}/model.safetensors", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["vocabulary.txt", "model.safetensors", "metrics.jsonl"])
 def test_any_other_difference_is_named(runs, name):
-    file = runs[1] / name
+    file = next(runs[1].rglob(name))
+    if name == "model.safetensors":
+        save_file({"w": torch.tensor([1.0, 1.0 + 2**-23])}, file)
     file.write_bytes(file.read_bytes().replace(b"weights", b"weighty").replace(b"0.5", b"0.25"))
-    assert list(differences(*runs)) == [name]
+    assert list(differences(*runs)) == [str(file.relative_to(runs[1]))]
 
 
 def test_a_file_that_one_run_lacks_is_named(runs):

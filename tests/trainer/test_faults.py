@@ -409,6 +409,18 @@ def test_a_lock_is_taken_once_and_given_back(tmp_path):
     assert DirectoryLock(tmp_path).take(make=False)
 
 
+def test_a_demo_does_not_clear_the_folder_of_one_that_is_at_work(tmp_path):
+    from rlhf_trainer.demo.run import fresh_folder
+
+    fresh_folder(tmp_path / "demo")
+    with DirectoryLock(tmp_path / "demo" / "hydra-sft") as lock:
+        lock.take()
+        with pytest.raises(UserError, match="another run is at work"):
+            fresh_folder(tmp_path / "demo")
+    fresh_folder(tmp_path / "demo")
+    assert [entry.name for entry in (tmp_path / "demo").iterdir()] == ["demo.json"]
+
+
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
     from rlhf_trainer import lock
 
