@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from subprocess import TimeoutExpired
 
 import torch
 
@@ -156,7 +157,7 @@ def _measure_memory(result: Result, cases: list[Case]) -> None:
     def measure(timing: Timing) -> None:
         try:
             timing.peak_bytes = peak_in_fresh_process(result.benchmark, result.device, timing.case, timing.contestant)
-        except (RuntimeError, OSError, ValueError) as error:  # the times stay good: say it and go on
+        except (RuntimeError, OSError, ValueError, TimeoutExpired) as error:  # the times stay good: say it and go on
             print(f"warning: {error}", file=sys.stderr)
 
     with ThreadPoolExecutor(MEMORY_PROCESSES[result.device]) as pool:

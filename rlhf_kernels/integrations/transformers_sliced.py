@@ -148,6 +148,8 @@ def attend(
             f"attention_mask: {SLICED} takes [batch, tokens] and makes its own mask of it through transformers; "
             f"{type(module).__name__} got {'none' if attention_mask is None else list(attention_mask.shape)}"
         )
+    if key.shape[2] != attention_mask.shape[3]:
+        raise ValueError(f"key has {key.shape[2]} places; its attention_mask was made for {attention_mask.shape[3]}")
     layout = _layouts.get(attention_mask)
     if layout is None:
         layout = _layouts[attention_mask] = _layout_of(attention_mask, query.shape[2], position_ids)
