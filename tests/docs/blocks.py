@@ -14,7 +14,7 @@ RUN = ("python", "bash", "yaml")  # every other language is output or prose, and
 
 # the last flag of a name counts, so that these stand behind whatever a page says
 SMALL = "--total-steps {steps} --rollout-batch-size 4 --max-completion-length 8 --no-report"
-TRAINER = re.compile(rf"(?:rlhf-train|-m rlhf_trainer)\s+(?:--config\s|(?:{'|'.join(ALGORITHMS)})\b)")
+TRAINER = re.compile(rf"(?:rlhf-train|-m rlhf_trainer)[\s\\]+(?:--config\s|(?:{'|'.join(ALGORITHMS)})\b)")
 END = re.compile(r"\s*;|\s+(?:#|\||&|\d?>)|\Z")  # of a simple command: a comment, a pipe, a redirection
 
 
@@ -37,7 +37,7 @@ class Instead:
 
 
 TABLE = (
-    Instead(r"make (\w+).*", rf"make -n -C {ROOT} \1 > make.log", "takes minutes and makes .venv: make only plans it"),
+    Instead(r"make ([\w-]+).*", rf"make -n -C {ROOT} \1 > make.log", "takes minutes, makes .venv: make only plans it"),
     Instead(r"python -m benchmarks (.*)", r"python -m parse_benchmarks \1", "takes minutes: its flags are parsed"),
     Instead(
         r"rlhf-train plan (?!.*--algorithm)(.*--budget.*)", r"rlhf-train plan \1 --algorithm hydra-ppo",
@@ -47,6 +47,7 @@ TABLE = (
         r"(?:accelerate launch|torchrun) .*-m rlhf_trainer (.*)", r"rlhf-train \1",
         "takes half a minute: tests/distributed launches several processes",
     ),
+    Instead(r"source <\((.*)\)", r"\1 > sourced && source sourced", "a process substitution hides the exit code"),
     Instead(r"pip install .*", None, "tested is what is installed here; test_blocks_installed.py installs the wheel"),
 )  # fmt: skip
 

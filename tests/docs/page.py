@@ -62,7 +62,9 @@ def run_bash(page: Path, block: Block, console: bool) -> None:
         command = to_run(written)
         if command is None:
             say(page, line, f"not run: {written}")
-        elif console or not bare(command).startswith("rlhf-train ") or SHELL.search(bare(command)):
+            continue
+        words = bare(command).replace("\\\n", " ")
+        if console or not words.startswith("rlhf-train ") or SHELL.search(words):
             script += [f"AT='line {line}'", f"echo {shlex.quote(f'== {page.name}, line {line}: {command}')}", command]
         else:
             run_shell(page, script)
@@ -70,7 +72,7 @@ def run_bash(page: Path, block: Block, console: bool) -> None:
             say(page, line, command)
             from rlhf_trainer.cli import main
 
-            if status := main(shlex.split(bare(command))[1:]):
+            if status := main(shlex.split(words)[1:]):
                 sys.exit(f"{page.name}, line {line}: exit code {status}")
     run_shell(page, script)
 

@@ -53,6 +53,12 @@ def test_no_command_hides_in_a_block_that_is_not_run(page):
             assert not hidden, f"line {block.line}: say python or bash of {hidden[0]!r}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_no_page_has_a_hole_where_a_figure_was_to_stand(page):
+    holes = re.findall(r"\bTODO\b|@@\w*|\| [A-Z]{4,} \|$", page.read_text(), re.MULTILINE)
+    assert holes == []
+
+
 def test_a_block_that_fails_fails_its_page_and_is_named_by_its_line(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# A page\n\n```python\nx = 1\nx / 0\n```\n")

@@ -56,10 +56,20 @@ def test_a_run_on_ones_own_data_is_rewarded_more_at_its_end(tmp_path):
     assert (tmp_path / "mine/run/actor/adapter_model.safetensors").is_file()
 
 
-def test_an_example_runs_as_a_script():
-    done = subprocess.run([sys.executable, EXAMPLES / "lora_roles.py"], capture_output=True, text=True, timeout=120)
+def script(name: str) -> str:
+    done = subprocess.run([sys.executable, EXAMPLES / name], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "reference  logprob  moved by 0.00e+00" in done.stdout
+    return done.stdout
+
+
+def test_an_example_runs_as_a_script():
+    assert "reference  logprob  moved by 0.00e+00" in script("lora_roles.py")
+
+
+@pytest.mark.slow
+def test_trl_s_grpo_runs_on_the_fused_head():
+    pytest.importorskip("trl")
+    assert "\nreward " in script("trl_grpo.py")
 
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.py")), ids=lambda file: file.name)
