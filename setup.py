@@ -112,7 +112,7 @@ setup(
         *find_packages(".", include=["rlhf_kernels", "rlhf_kernels.*"]),
         *("rlhf_trainer" + p for p in ["", *("." + q for q in find_packages("python/rlhf_trainer"))]),
     ],
-    package_data={"rlhf_trainer": ["demo/assets/*"]},
+    package_data={"rlhf_trainer": ["demo/assets/*", "configs/*.yaml"]},
     ext_modules=extensions,
     cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
     zip_safe=False,

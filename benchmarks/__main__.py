@@ -5,6 +5,7 @@ python -m benchmarks lora --memory --json FILE     times, peak memory and target
 python -m benchmarks memory --write                the memory plan beside what the trainer takes
 python -m benchmarks numerics --write              errors against float64, into docs/kernels.md
 python -m benchmarks claims --write                the papers' claims, measured, into docs/reproduction.md
+python -m benchmarks processes --write             1, 2 and 4 processes beside each other, into docs/distributed.md
 python -m benchmarks table FILES --write           tables of result files, into benchmarks/README.md
 """
 
@@ -24,7 +25,7 @@ def main() -> None:
         os.environ["RLHF_KERNELS_CPU_ISA"] = args.isa  # before torch and its libraries look
         if args.isa in LIBRARY_ISA:
             os.environ["ONEDNN_MAX_CPU_ISA"] = LIBRARY_ISA[args.isa]
-    parts = {"claims": _claims, "memory": _memory, "numerics": _numerics, "table": _table}
+    parts = {"claims": _claims, "memory": _memory, "numerics": _numerics, "processes": _processes, "table": _table}
     parts.get(args.name, _benchmark)(args)
 
 
@@ -61,6 +62,8 @@ def parser() -> argparse.ArgumentParser:
     claims.add_argument("--only", metavar="PART", nargs="+", default=(), help="memory, exact, latency, remax, ...")
     claims.add_argument("--write", action="store_true", help="keep the records and write docs/reproduction.md")
     claims.add_argument("--again", action="store_true", help="measure nothing: tables of the records that are there")
+    processes = commands.add_parser("processes", help="the same training on 1, 2 and 4 processes")
+    processes.add_argument("--write", action="store_true", help="write the tables into docs/distributed.md")
     table = commands.add_parser("table", help="tables of result files")
     table.add_argument("files", nargs="*", type=Path)
     table.add_argument("--write", action="store_true", help="write the tables into benchmarks/README.md")
@@ -119,6 +122,15 @@ def _numerics(args: argparse.Namespace) -> None:
     numerics_tables.print_report(report)
     if args.write:
         tables.write_between(ROOT / "docs/kernels.md", "numerics", numerics_tables.markdown(report))
+
+
+def _processes(args: argparse.Namespace) -> None:
+    from benchmarks import processes, tables
+
+    text = processes.markdown(processes.measure())
+    print(text)
+    if args.write:
+        tables.write_between(ROOT / "docs/distributed.md", "processes", text)
 
 
 def _table(args: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from rlhf_trainer.config import KV_MEMORY, MICRO_BATCH, TrainConfig
 from rlhf_trainer.data import Demonstration, Prompt
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.models import resolve
+from rlhf_trainer.processes import speaks
 from rlhf_trainer.shaping import EXACT
 
 NAMED = 3  # of the plan's largest lines in an error
@@ -111,12 +112,13 @@ def fitted(config: TrainConfig, row: Algorithm, rows: Sequence[Any]) -> TrainCon
     found = plan_of(chosen, row, lengths)
     if found.total > budget:
         raise _too_small(found, budget)
-    print(
+    line = (
         f"memory_budget {format_bytes(budget)}: micro-batches of {chosen.per_device_train_batch_size}"
         + (f", {format_bytes(parse_bytes(chosen.kv_memory or 0))} of keys and values" if row.data is None else "")
-        + f"; the plan's peak is {format_bytes(found.total)}, in the {found.phase}",
-        file=sys.stderr,
+        + f"; the plan's peak is {format_bytes(found.total)}, in the {found.phase}"
     )
+    if speaks():
+        print(line, file=sys.stderr)
     return chosen if chosen.kv_memory is not None else replace(chosen, kv_memory=KV_MEMORY)
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from .config import GROUPS, TrainConfig, config_parser, read_yaml
-from .errors import UserError, one_line
+from .errors import PeerError, UserError, one_line
 from .names import ALGORITHMS, SAMPLING, SUPERVISED
 from .options import build_parser, check_ranges, help_text, nearest, option, parse_flags
+from .processes import leave, speaks
 
 ALIASES = {"output": "output_dir"}
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes: a usage error, and 128 + SIGINT
@@ -47,14 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout = None  # type: ignore[assignment]
             return 0
         except KeyboardInterrupt:
-            print("rlhf-train: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+            if speaks():
+                print("rlhf-train: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
             return INTERRUPTED
         except Exception as error:
             if not expected(error):
                 raise
             if debug:
                 traceback.print_exc()
-            print(f"rlhf-train: error: {one_line(error)}", file=sys.stderr)
+            if speaks():
+                print(f"rlhf-train: error: {one_line(error)}", file=sys.stderr)
             return BAD_INPUT
 
 
@@ -82,7 +85,9 @@ def train_command(words: list[str]) -> int:
     from . import train
 
     result = train(config)
-    print(f"{config.algorithm}: {result.step} steps, results in {result.output_dir}")
+    leave()
+    if speaks():
+        print(f"{config.algorithm}: {result.step} steps, results in {result.output_dir}")
     return 0
 
 
@@ -183,7 +188,7 @@ def plan_command(words: list[str]) -> int:
 
 def expected(error: Exception) -> bool:
     """Whether an error is about the user's input: ours by class, or a ValueError that this project's code raised."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | PeerError):
         return True
     if not isinstance(error, ValueError | FloatingPointError):
         return False
@@ -195,7 +200,8 @@ def expected(error: Exception) -> bool:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"rlhf-train: warning: {one_line(message)}", file=sys.stderr)
+    if speaks():
+        print(f"rlhf-train: warning: {one_line(message)}", file=sys.stderr)
 
 
 def _quiet_libraries() -> None:

@@ -26,6 +26,7 @@ from rlhf_trainer.models import Policy, build, load_tokenizer
 from rlhf_trainer.offline import Offline
 from rlhf_trainer.online import Online
 from rlhf_trainer.optim import Optimizer
+from rlhf_trainer.processes import ALONE, Processes, join
 from rlhf_trainer.rewards import RewardError, RewardSum, build_rewards
 from rlhf_trainer.sampler import Sampler
 
@@ -64,6 +65,7 @@ class TrainResult:
 def train(config: TrainConfig) -> TrainResult:
     """Runs `config.algorithm` from start (or, with `resume`, from the newest checkpoint) to `total_steps`.
 
+    With several processes (`rlhf_trainer.processes`) each runs this; all return the same, one of them writes.
     Raises UserError, before anything is written, for input that cannot work; RewardError, after saving a checkpoint,
     when a reward fails.
     """
@@ -72,17 +74,19 @@ def train(config: TrainConfig) -> TrainResult:
     output_dir = Path(config.output_dir)
     _check_output(output_dir, config)
     _check_device(config.device)
+    processes, asked = join(config.device), config.device
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config)
-    phase, policy = build_phase(config, row, tokenizer)
+    phase, policy = build_phase(replace(config, device=processes.device), row, tokenizer, processes)
     config = phase.config
     found = checkpoint.load(output_dir) if config.resume else None
     start = 0
     if found is not None:
         _restore(found, phase, policy)
         start = found.step
-    with _writing(output_dir):
-        log = MetricsLog(output_dir, config, resume_step=start or None)
+    processes.copy_from_main(policy.kept.values())
+    with _writing(output_dir, processes):
+        log = MetricsLog(output_dir, replace(config, device=asked), start or None, main_process=processes.main)
     if phase.sampler is not None:
         phase.sampler.progress = log.completed
     history: list[dict[str, float]] = []
@@ -93,9 +97,10 @@ def train(config: TrainConfig) -> TrainResult:
             history.append(_step(phase, policy, step, config, log))
     finally:
         log.close()
-    with _writing(output_dir):
-        policy.export(output_dir, tokenizer)
-    if config.report:
+    with _writing(output_dir, processes):
+        if processes.main:
+            policy.export(output_dir, tokenizer)
+    if config.report and processes.main:
         from rlhf_trainer.report import write_report
 
         write_report(output_dir)
@@ -111,7 +116,7 @@ def _evaluate_untrained(phase: Online | Offline, policy: Policy, config: TrainCo
         _save(output_dir, 0, phase, policy)
         raise
     if metrics:
-        with _writing(output_dir):
+        with _writing(output_dir, phase.processes):
             log.samples(0, phase.samples)
             log.log(0, metrics)
 
@@ -126,16 +131,16 @@ def _step(phase: Online | Offline, policy: Policy, step: int, config: TrainConfi
         _save(output_dir, step, phase, policy)
         raise
     evaluating = last or (config.eval_steps > 0 and done % config.eval_steps == 0)
-    metrics["memory/peak"] = float(_peak_bytes())
+    metrics["memory/peak"] = float(max(phase.processes.each(_peak_bytes)))
     if evaluating:
         try:
             metrics |= phase.evaluate()  # its completions, of the same prompts each time, are then the samples
         except RewardError:
-            with _writing(output_dir):
+            with _writing(output_dir, phase.processes):
                 log.log(done, metrics)  # the step itself is done: a resumed run does not repeat it
             _save(output_dir, done, phase, policy)
             raise
-    with _writing(output_dir):
+    with _writing(output_dir, phase.processes):
         if step == 0 or evaluating:
             log.samples(done, phase.samples)
         log.log(done, metrics)
@@ -144,7 +149,9 @@ def _step(phase: Online | Offline, policy: Policy, step: int, config: TrainConfi
     return metrics
 
 
-def build_phase(config: TrainConfig, row: Algorithm, tokenizer: Any) -> tuple[Online | Offline, Policy]:
+def build_phase(
+    config: TrainConfig, row: Algorithm, tokenizer: Any, processes: Processes = ALONE
+) -> tuple[Online | Offline, Policy]:
     """Data and rewards first (cheap, and where most mistakes are), then the models. The phase has the configuration
     that fits a memory budget.
     """
@@ -161,9 +168,9 @@ def build_phase(config: TrainConfig, row: Algorithm, tokenizer: Any) -> tuple[On
         config = fitted(config, row, rows)
         rewards = build_rewards(config)
         policy = build(config, row)
-        sampler = build_sampler(config, policy, tokenizer, rewards) if eval_prompts else None
-        optimizer = Optimizer(policy.groups, config, config.total_steps)
-        return Offline(policy.model, row, config, optimizer, rows, sampler, eval_prompts), policy
+        sampler = build_sampler(config, policy, tokenizer, rewards, processes) if eval_prompts else None
+        optimizer = Optimizer(policy.groups, config, config.total_steps, processes)
+        return Offline(policy.model, row, config, optimizer, rows, sampler, eval_prompts, processes), policy
     prompts = load_prompts(config, tokenizer)
     eval_prompts = load_prompts(config, tokenizer, "eval_prompts")
     demonstrations = load_demonstrations(config, tokenizer, "demonstrations") if config.demonstrations else []
@@ -171,12 +178,15 @@ def build_phase(config: TrainConfig, row: Algorithm, tokenizer: Any) -> tuple[On
     rewards = build_rewards(config)
     policy = build(config, row)
     updates = config.total_steps * (config.num_ppo_epochs or 1) * config.num_mini_batches
-    optimizer = Optimizer(policy.groups, config, updates)
-    sampler = build_sampler(config, policy, tokenizer, rewards)
-    return Online(policy.model, row, config, optimizer, sampler, prompts, eval_prompts, demonstrations), policy
+    optimizer = Optimizer(policy.groups, config, updates, processes)
+    sampler = build_sampler(config, policy, tokenizer, rewards, processes)
+    phase = Online(policy.model, row, config, optimizer, sampler, prompts, eval_prompts, demonstrations, processes)
+    return phase, policy
 
 
-def build_sampler(config: TrainConfig, policy: Policy, tokenizer: Any, rewards: RewardSum | None) -> Sampler:
+def build_sampler(
+    config: TrainConfig, policy: Policy, tokenizer: Any, rewards: RewardSum | None, processes: Processes = ALONE
+) -> Sampler:
     """What samples by the policy's actor; rewards None: the policy's reward head."""
     return Sampler(
         policy.model,
@@ -184,6 +194,7 @@ def build_sampler(config: TrainConfig, policy: Policy, tokenizer: Any, rewards: 
         rewards,
         lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
         () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,),
+        processes=processes,
     )
 
 
@@ -227,19 +238,23 @@ def _check_output(output_dir: Path, config: TrainConfig) -> None:
 def _save(output_dir: Path, step: int, phase: Online | Offline, policy: Policy) -> None:
     state = {"updates": phase.optimizer.updates, "phase": phase.state(), "config": asdict(phase.config)}
     found = checkpoint.Checkpoint(step, dict(policy.kept), phase.optimizer.state_tensors(), state)
-    with _writing(output_dir):
-        checkpoint.save(output_dir, found, phase.config.save_total_limit)
+    with _writing(output_dir, phase.processes):
+        if phase.processes.main:
+            checkpoint.save(output_dir, found, phase.config.save_total_limit)
 
 
 @contextmanager
-def _writing(output_dir: Path) -> Iterator[None]:
-    """A disk that is full or refuses is for the user to mend: one line. The checkpoints before stay whole."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"output_dir: writing to {str(output_dir)!r} failed: {one_line(error)}; the checkpoints before are whole"
-        ) from error
+def _writing(output_dir: Path, processes: Processes) -> Iterator[None]:
+    """A disk that is full or refuses is for the user to mend: one line. The checkpoints before stay whole.
+
+    The other processes wait until the one that writes has written.
+    """
+    with processes.together():
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            message = f"writing to {str(output_dir)!r} failed: {one_line(error)}; the checkpoints before are whole"
+            raise UserError(f"output_dir: {message}") from error
 
 
 def _restore(found: checkpoint.Checkpoint, phase: Online | Offline, policy: Policy) -> None:

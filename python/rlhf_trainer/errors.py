@@ -5,6 +5,10 @@ class UserError(ValueError):
     """Wrong input rather than a wrong program; the command line prints it alone, without traceback, exits with 2."""
 
 
+class PeerError(RuntimeError):
+    """Another of the processes that train together failed; it has said why, and the message repeats it."""
+
+
 def one_line(message: object) -> str:
     """`message` on a single line, whatever line breaks a library put into it."""
     return " ".join(str(message).split())

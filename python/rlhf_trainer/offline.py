@@ -1,7 +1,7 @@
 """One step of the algorithms that learn from a file: micro-batches of a batch, then one optimiser step."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,10 @@ from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.data import BatchOrder, Demonstration, Prompt
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.optim import Optimizer
+from rlhf_trainer.processes import ALONE, Processes, summed
 from rlhf_trainer.sampler import Sampler
+
+Prepare = Callable[[HydraModel, list[Any], TrainConfig], list[Any]]
 
 
 @dataclass
@@ -28,15 +31,17 @@ class Offline:
     rows: list[Any]
     sampler: Sampler | None = None
     eval_prompts: list[Prompt] = field(default_factory=list)
+    processes: Processes = ALONE
 
     def __post_init__(self) -> None:
         batch = self.config.micro_batch * self.config.gradient_accumulation_steps
+        self.processes.check("gradient_accumulation_steps", batch, "rows of an optimiser step")
         self.order = BatchOrder(len(self.rows), batch, self.config.seed)
         check_rows(self.rows, self.model.base_model(self.row.trained[0]))
         if self.sampler is not None:
             self.sampler.check(self.eval_prompts, self.sampler.params(n=1))
         if self.row.prepare is not None:
-            self.rows = self.row.prepare(self.model, self.rows, self.config)
+            self.rows = self._prepared(self.row.prepare)
 
     @property
     def samples(self) -> list[dict[str, Any]]:
@@ -51,15 +56,29 @@ class Offline:
         batch = [self.rows[i] for i in self.order.at(step)]
         tokens = sum(completion_tokens(row) for row in batch)
         counts = Counts(float(tokens), float(len(batch)))
+        mine = batch[self.processes.share(len(batch))]
+        totals = summed(self.processes.each(lambda: self._differentiate(mine, counts)))
+        totals |= self.optimizer.step()
+        return totals | {"num_tokens": float(tokens), "timing/update": time.perf_counter() - started}
+
+    def _differentiate(self, rows: list[Any], counts: Counts) -> dict[str, float]:
+        """Gradients of this process's share of a batch, in micro-batches; its share of the metrics."""
         totals: dict[str, float] = {}
         size = self.config.micro_batch
-        for first in range(0, len(batch), size):
-            share = self.row.loss(self.model, batch[first : first + size], counts, self.config)
+        for first in range(0, len(rows), size):
+            share = self.row.loss(self.model, rows[first : first + size], counts, self.config)
             share.value.backward()
             for name, value in share.metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
-        totals |= self.optimizer.step()
-        return totals | {"num_tokens": float(tokens), "timing/update": time.perf_counter() - started}
+        return totals
+
+    def _prepared(self, prepare: Prepare) -> list[Any]:
+        """The rows as `prepare` gives them, each process its share: whole micro-batches, so that they are the same."""
+        size = self.config.micro_batch
+        share = self.processes.share(-(-len(self.rows) // size))
+        mine = self.rows[share.start * size : share.stop * size]
+        parts = self.processes.each(lambda: prepare(self.model, mine, self.config))
+        return [row for part in parts for row in part]
 
     def evaluate(self) -> dict[str, float]:
         """Reward, KL and length on the held-out prompts; {} without a reward to score them by."""

@@ -16,6 +16,7 @@ from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.data import BatchOrder, Demonstration, Prompt
 from rlhf_trainer.offline import check_rows, completion_tokens
 from rlhf_trainer.optim import Optimizer
+from rlhf_trainer.processes import ALONE, Processes, summed
 from rlhf_trainer.rollout import Rollout
 from rlhf_trainer.sampler import Sampler
 from rlhf_trainer.shaping import KLController, shape_rewards, shape_scores
@@ -33,9 +34,11 @@ class Online:
     prompts: list[Prompt]
     eval_prompts: list[Prompt] = field(default_factory=list)
     demonstrations: list[Demonstration] = field(default_factory=list)  # their cross-entropy joins every update
+    processes: Processes = ALONE
 
     def __post_init__(self) -> None:
         config = self.config
+        self._check_shares()
         self.order = BatchOrder(len(self.prompts), config.rollout_batch_size, config.seed)
         self.kl = KLController(config)
         self.row_state: State = {}
@@ -45,6 +48,16 @@ class Online:
             check_rows(self.demonstrations, self.model.base_model("actor"))
             rows = config.micro_batch
             self.mixed = BatchOrder(len(self.demonstrations), rows, config.seed)
+
+    def _check_shares(self) -> None:
+        """Every process has a part in every rollout and every minibatch."""
+        config, row = self.config, self.row
+        self.processes.check("rollout_batch_size", config.rollout_batch_size, "prompts")
+        groups = config.rollout_batch_size * (1 if row.select is not None else config.num_generations or 1)
+        if row.select is None:
+            groups //= row.group
+        smallest = groups // config.num_mini_batches
+        self.processes.check("num_mini_batches", smallest, "of a rollout's sequences in each minibatch")
 
     @property
     def samples(self) -> list[dict[str, Any]]:
@@ -58,11 +71,11 @@ class Online:
             self.row.begin(self.model, step, config)
         prompts = [self.prompts[i] for i in self.order.at(step)]
         streams = [step * config.rollout_batch_size + i for i in range(len(prompts))]
-        rollout, greedy, early = self.sampler.sample(prompts, self.params, streams, self.row.sampled)
-        generated = time.perf_counter() - (early.seconds if early else 0.0)
-        self.sampler.score(rollout, greedy, prompts, self.row.scored, config.kl_estimator, early)
-        raw = rollout.scores
-        self._shape(rollout, greedy, len(prompts))
+        done = self.sampler.complete(
+            prompts, self.params, streams, self.row.scored, config.kl_estimator, self.row.sampled
+        )
+        rollout, raw = done.rollout, done.rollout.scores
+        self._shape(rollout, done.greedy, len(prompts))
         chosen = rollout if self.row.select is None else rollout.select(self.row.select(rollout, config))
         scored = time.perf_counter()
         metrics = self._objective(rollout, raw) | self._update(chosen, step)
@@ -71,14 +84,13 @@ class Online:
         if "objective/kl" in metrics:
             self.kl.update(metrics["objective/kl"], len(rollout))
         self.sampler.show(rollout, raw, prompts)
-        stats = self.sampler.generator.stats
         return metrics | {
             "episode": float((step + 1) * len(rollout)),
-            "timing/generate": generated - started,
-            "timing/score": scored - generated,
+            "timing/generate": done.seconds,
+            "timing/score": scored - started - done.seconds,
             "timing/update": time.perf_counter() - scored,
-            "sampling/tokens_per_second": float(stats.tokens_per_second),
-            "memory/kv_peak": float(stats.peak_kv_bytes),
+            "sampling/tokens_per_second": done.tokens_per_second,
+            "memory/kv_peak": done.kv_peak,
         }
 
     def evaluate(self) -> dict[str, float]:
@@ -143,9 +155,19 @@ class Online:
         inside = torch.arange(size, device=groups.device)
         whole = (groups[:, None] * size + inside).flatten()
         counts = Counts(float(rollout.completion_lengths[whole].sum()), float(len(groups)))
+        share = self.processes.share(len(groups))
+        mine = whole[share.start * size : share.stop * size]
+        parts = self.processes.each(lambda: self._differentiate(rollout, mine, counts))
+        return summed([totals for totals, _ in parts]), max(difference for _, difference in parts)
+
+    def _differentiate(
+        self, rollout: Rollout, sequences: torch.Tensor, counts: Counts
+    ) -> tuple[dict[str, float], float]:
+        """This process's share of a minibatch: int64, numbers of sequences, whole groups."""
+        size = self.row.group
         totals: dict[str, float] = {}
         difference = 0.0
-        for index in whole.split(max(self.config.micro_batch // size, 1) * size):
+        for index in sequences.split(max(self.config.micro_batch // size, 1) * size):
             batch = rollout.select(index)
             share = self.row.loss(self.model, batch, counts, self.config)
             share.value.backward()
@@ -159,9 +181,16 @@ class Online:
         """Adds the gradients of ptx_coef times the next demonstrations' cross-entropy, which is returned."""
         rows = [self.demonstrations[i] for i in self.mixed.at(self.optimizer.updates)]
         counts = Counts(float(sum(completion_tokens(row) for row in rows)), float(len(rows)))
-        share = sft.loss(self.model, rows, counts, self.config)
-        (self.config.ptx_coef * share.value).backward()
-        return float(share.metrics["loss/sft"])
+        mine = rows[self.processes.share(len(rows))]
+
+        def work() -> float:
+            if not mine:
+                return 0.0
+            share = sft.loss(self.model, mine, counts, self.config)
+            (self.config.ptx_coef * share.value).backward()
+            return float(share.metrics["loss/sft"])
+
+        return sum(self.processes.each(work))
 
     def _objective(self, rollout: Rollout, raw: torch.Tensor) -> dict[str, float]:
         lengths = rollout.completion_lengths.float()

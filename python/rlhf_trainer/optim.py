@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.processes import ALONE, Processes
 
 
 def schedule(config: TrainConfig, update: int, total: int) -> float:
@@ -28,12 +29,20 @@ def schedule(config: TrainConfig, update: int, total: int) -> float:
 
 
 class Optimizer:
-    """groups: name -> (learning rate, parameters by their names in the model). Vectors do not decay."""
+    """groups: name -> (learning rate, parameters by their names in the model). Vectors do not decay.
+
+    processes: those whose gradients add up before each step.
+    """
 
     def __init__(
-        self, groups: Mapping[str, tuple[float, Mapping[str, nn.Parameter]]], config: TrainConfig, total_updates: int
+        self,
+        groups: Mapping[str, tuple[float, Mapping[str, nn.Parameter]]],
+        config: TrainConfig,
+        total_updates: int,
+        processes: Processes = ALONE,
     ) -> None:
         self.config, self.total_updates, self.updates = config, total_updates, 0
+        self.processes = processes
         self.parameters: dict[str, nn.Parameter] = {}
         self.masters: dict[str, Tensor] = {}  # what AdamW steps: the parameter itself where it is fp32
         self._clipped: dict[str, list[nn.Parameter]] = {}
@@ -74,6 +83,7 @@ class Optimizer:
                 for parameter in group:
                     parameter.grad = None
                 continue
+            self.processes.sum_gradients(group)
             limit = self.config.max_grad_norm if self.config.max_grad_norm > 0 else math.inf
             squares += float(nn.utils.clip_grad_norm_(group, limit)) ** 2
         if not math.isfinite(squares):

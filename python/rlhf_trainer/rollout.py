@@ -105,6 +105,20 @@ class Rollout(Packed):
             chosen[field.name] = value
         return Rollout(**chosen)
 
+    def to(self, device: torch.device | str) -> "Rollout":
+        """The same on another device."""
+        return Rollout(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+
+def joined(parts: Sequence[tuple[int, Rollout]]) -> Rollout:
+    """Rollouts of neighbouring shares of a step's prompts as one, each with the number of its first prompt."""
+    whole: dict[str, Any] = {}
+    for field in fields(Rollout):
+        found = torch.cat([getattr(part, field.name) for _, part in parts])
+        whole[field.name] = found if found.numel() else UNFILLED
+    whole["prompt_index"] = torch.cat([first + part.prompt_index for first, part in parts])
+    return Rollout(**whole)
+
 
 def _ranges(lengths: Tensor, index: Tensor) -> Tensor:
     """Flat positions of the pieces `index` of a row cut into pieces of `lengths`."""

@@ -1,7 +1,8 @@
 """Completions with scores: the policy samples them, models read them, rewards judge them; to train or to evaluate."""
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,12 +13,34 @@ from rlhf_kernels.nn import HydraModel
 from rlhf_trainer.config import KV_MEMORY, TrainConfig
 from rlhf_trainer.data import Prompt
 from rlhf_trainer.errors import UserError, one_line
+from rlhf_trainer.processes import ALONE, Processes
 from rlhf_trainer.rewards import RewardSum
-from rlhf_trainer.rollout import Rollout, completions, read, sample, sampling_params
+from rlhf_trainer.rollout import Rollout, completions, joined, read, sample, sampling_params
 from rlhf_trainer.scoring import EarlyScores, score
 from rlhf_trainer.shaping import EXACT
 
 EVAL_SEED = 1_000_003  # added to the seed of evaluations, so that their draws are not those of training
+
+
+@dataclass
+class Completed:
+    """Completions of a step's prompts with raw scores, and what sampling them took."""
+
+    rollout: Rollout
+    greedy: Rollout | None  # one a prompt, with `greedy_baseline`
+    seconds: float  # of sampling, on this process
+    tokens_per_second: float  # of all processes together
+    kv_peak: float  # bytes, on the process that took most
+    rewards: dict[str, float]  # each reward function's mean
+
+    def __len__(self) -> int:
+        return len(self.rollout) + (0 if self.greedy is None else len(self.greedy))
+
+    def to(self, device: torch.device | str) -> "Completed":
+        """The same on another device."""
+        return replace(
+            self, rollout=self.rollout.to(device), greedy=None if self.greedy is None else self.greedy.to(device)
+        )
 
 
 @dataclass
@@ -31,6 +54,7 @@ class Sampler:
     end_tokens: tuple[int, ...] = ()  # besides the model's own end-of-sequence tokens
     progress: Callable[[int, int], None] = lambda done, total: None  # of a rollout: completions done, and of how many
     samples: list[dict[str, Any]] = field(default_factory=list)  # the first completions of the last rollout shown
+    processes: Processes = ALONE  # that share the prompts
 
     def __post_init__(self) -> None:
         config = self.config
@@ -50,6 +74,49 @@ class Sampler:
         except ValueError as error:
             name = "kv_memory" if isinstance(error, KVBudgetError) else "prompts"
             raise UserError(f"{name}: {one_line(error)}") from error
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        streams: list[int],
+        roles: Sequence[str],
+        estimator: str = "kl",
+        role: str = "actor",
+    ) -> Completed:
+        """Samples by `role`, scores by `roles`: each process its share of the prompts, and all have the whole."""
+        if self.processes.count == 1:
+            return self._complete(prompts, params, streams, roles, estimator, role)
+        share = self.processes.share(len(prompts))
+
+        def work() -> Completed | None:
+            if not prompts[share]:
+                return None
+            return self._complete(prompts[share], params, streams[share], roles, estimator, role).to("cpu")
+
+        whole = _joined(self.processes.each(work), len(prompts), self.processes).to(self.model.device)
+        if self.rewards is not None:
+            self.rewards.last = whole.rewards
+        return whole
+
+    def _complete(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        streams: list[int],
+        roles: Sequence[str],
+        estimator: str,
+        role: str,
+    ) -> Completed:
+        """`complete` without other processes."""
+        started = time.perf_counter()
+        rollout, greedy, early = self.sample(prompts, params, streams, role)
+        seconds = time.perf_counter() - started - (early.seconds if early else 0.0)
+        self.score(rollout, greedy, prompts, roles, estimator, early)
+        stats, rewards = self.generator.stats, {} if self.rewards is None else self.rewards.last
+        return Completed(
+            rollout, greedy, seconds, float(stats.tokens_per_second), float(stats.peak_kv_bytes), dict(rewards)
+        )
 
     def sample(
         self, prompts: Sequence[Prompt], params: SamplingParams, streams: list[int], role: str = "actor"
@@ -98,8 +165,7 @@ class Sampler:
         if not prompts:
             return {}
         params = self.params(n=1, seed=self.config.seed + EVAL_SEED)
-        rollout, _, early = self.sample(prompts, params, list(range(len(prompts))))
-        self.score(rollout, None, prompts, ("actor", "reference"), early=early)
+        rollout = self.complete(prompts, params, list(range(len(prompts))), ("actor", "reference")).rollout
         self.show(rollout, rollout.scores, prompts)
         metrics = {
             "eval/reward": float(rollout.scores.mean()),
@@ -131,6 +197,23 @@ class Sampler:
         scores = torch.tensor(score(self.rewards, rows, texts), device=self.model.device)
         for rollout, part in zip(rollouts, scores.float().split([len(rollout) for rollout in rollouts])):
             rollout.scores = part
+
+
+def _joined(parts: Sequence[Completed | None], prompts: int, processes: Processes) -> Completed:
+    """What all processes completed, in the order of the step's `prompts`; None: a share without prompts."""
+    shares = [replace(processes, rank=rank).share(prompts).start for rank in range(processes.count)]
+    found = [(first, part) for first, part in zip(shares, parts) if part is not None]
+    mine = parts[processes.rank]
+    completions = sum(len(part) for _, part in found)
+    greedy = [(first, part.greedy) for first, part in found if part.greedy is not None]
+    return Completed(
+        joined([(first, part.rollout) for first, part in found]),
+        joined(greedy) if greedy else None,
+        0.0 if mine is None else mine.seconds,
+        sum(part.tokens_per_second for _, part in found),
+        max(part.kv_peak for _, part in found),
+        {name: sum(part.rewards[name] * len(part) for _, part in found) / completions for name in found[0][1].rewards},
+    )
 
 
 def _fill_scores(rollouts: Sequence[Rollout], early: EarlyScores, device: torch.device) -> None:
