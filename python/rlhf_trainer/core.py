@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from rlhf_kernels.memory_scratch import PRODUCTS
+from rlhf_kernels.nn.shards import fill, gathered
 from rlhf_trainer import checkpoint
 from rlhf_trainer.algorithms import Algorithm, find, with_defaults
 from rlhf_trainer.budget import fitted
@@ -34,6 +35,8 @@ from rlhf_trainer.sampler import Sampler
 # another total_steps under a schedule that ends with the run, but a run is lengthened on purpose).
 FREE_ON_RESUME = {
     "device",
+    "fsdp",
+    "fsdp_rollouts",
     "eval_prompts",
     "eval_steps",
     "kv_memory",
@@ -98,8 +101,7 @@ def train(config: TrainConfig) -> TrainResult:
     finally:
         log.close()
     with _writing(output_dir, processes):
-        if processes.main:
-            policy.export(output_dir, tokenizer)
+        policy.export(output_dir, tokenizer, processes.main)
     if config.report and processes.main:
         from rlhf_trainer.report import write_report
 
@@ -167,7 +169,7 @@ def build_phase(
         eval_prompts = load_prompts(config, tokenizer, "eval_prompts") if config.reward else []
         config = fitted(config, row, rows)
         rewards = build_rewards(config)
-        policy = build(config, row)
+        policy = build(config, row, processes)
         sampler = build_sampler(config, policy, tokenizer, rewards, processes) if eval_prompts else None
         optimizer = Optimizer(policy.groups, config, config.total_steps, processes)
         return Offline(policy.model, row, config, optimizer, rows, sampler, eval_prompts, processes), policy
@@ -176,7 +178,7 @@ def build_phase(
     demonstrations = load_demonstrations(config, tokenizer, "demonstrations") if config.demonstrations else []
     config = fitted(config, row, [*prompts, *eval_prompts, *demonstrations])
     rewards = build_rewards(config)
-    policy = build(config, row)
+    policy = build(config, row, processes)
     updates = config.total_steps * (config.num_ppo_epochs or 1) * config.num_mini_batches
     optimizer = Optimizer(policy.groups, config, updates, processes)
     sampler = build_sampler(config, policy, tokenizer, rewards, processes)
@@ -237,7 +239,10 @@ def _check_output(output_dir: Path, config: TrainConfig) -> None:
 
 def _save(output_dir: Path, step: int, phase: Online | Offline, policy: Policy) -> None:
     state = {"updates": phase.optimizer.updates, "phase": phase.state(), "config": asdict(phase.config)}
-    found = checkpoint.Checkpoint(step, dict(policy.kept), phase.optimizer.state_tensors(), state)
+    tensors = [policy.kept, phase.optimizer.state_tensors()]
+    if policy.model.sharding is not None:
+        tensors = [gathered(part, phase.processes.main) for part in tensors]
+    found = checkpoint.Checkpoint(step, dict(tensors[0]), dict(tensors[1]), state)
     with _writing(output_dir, phase.processes):
         if phase.processes.main:
             checkpoint.save(output_dir, found, phase.config.save_total_limit)
@@ -261,7 +266,7 @@ def _restore(found: checkpoint.Checkpoint, phase: Online | Offline, policy: Poli
     """Puts the checkpoint's state back."""
     with torch.no_grad():
         for name, parameter in policy.kept.items():
-            parameter.copy_(found.model[name])
+            fill(parameter, found.model[name])
     phase.optimizer.load_state_tensors(found.optimizer, found.state["updates"])
     phase.load_state(found.state["phase"])
 

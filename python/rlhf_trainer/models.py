@@ -14,13 +14,14 @@ from torch import nn
 
 from rlhf_kernels.integrations.peft_layout import CONFIG as ADAPTER_CONFIG
 from rlhf_kernels.integrations.peft_layout import base_fingerprint, load_adapter, read_spec, saved_fingerprint
-from rlhf_kernels.nn import HydraModel, LoraSpec
-from rlhf_kernels.nn.disk import load_heads
+from rlhf_kernels.nn import HydraModel, LoraSpec, shard
+from rlhf_kernels.nn.disk import base_weights, load_heads
 from rlhf_trainer import checkpoint
 from rlhf_trainer.algorithms import Algorithm, Layout
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.errors import UserError, one_line
 from rlhf_trainer.hub import unreachable
+from rlhf_trainer.processes import ALONE, Processes
 
 HEADS_FILE = "heads.safetensors"
 
@@ -38,8 +39,18 @@ class Policy:
     groups: dict[str, tuple[float, dict[str, nn.Parameter]]]
     kept: dict[str, nn.Parameter]
 
-    def export(self, output_dir: Path, tokenizer: Any) -> None:
-        """The result for other programs: PEFT adapters or checkpoints (the policy's at the top), heads, tokenizer."""
+    def export(self, output_dir: Path, tokenizer: Any, writes: bool = True) -> None:
+        """The result for other programs: PEFT adapters or checkpoints (the policy's at the top), heads, tokenizer.
+
+        Of several processes one `writes`; all must call, to gather what lies in shards.
+        """
+        sharded = self.model.sharding is not None
+        bases = {spec.base for spec in self.layout.roles.values() if spec.base in self.layout.trained_bases}
+        weights = {base: base_weights(self.model, base) for base in sorted(bases) if sharded}
+        if not writes:
+            if sharded and self.layout.adapters:
+                self.model.save_pretrained(output_dir)  # it writes nothing here
+            return
 
         def write(directory: Path) -> None:
             if self.layout.adapters:
@@ -51,7 +62,7 @@ class Policy:
                     continue
                 place = directory if spec.base == "base" else directory / spec.base
                 if not (place / "config.json").exists():
-                    self.model.base_model(role).save_pretrained(str(place))
+                    self.model.base_model(role).save_pretrained(str(place), state_dict=weights.get(spec.base))
                 if spec.head != "lm" and f"heads.{spec.head_key}.weight" in self.trained:
                     head = self.trained[f"heads.{spec.head_key}.weight"].detach().cpu()
                     save_file({f"{spec.head}.weight": head}, place / HEADS_FILE, metadata={"format": "pt"})
@@ -85,9 +96,11 @@ def load_tokenizer(config: TrainConfig) -> Any:
     return _loading("model", config.model, lambda: AutoTokenizer.from_pretrained(resolve(config.model)))
 
 
-def build(config: TrainConfig, row: Algorithm) -> Policy:
-    """Loads the bases, attaches adapters, starts the critic's head from the reward head, and groups what is trained."""
-    layout = row.layout(config)
+def build(config: TrainConfig, row: Algorithm, processes: Processes = ALONE) -> Policy:
+    """Loads the bases, attaches adapters, starts the critic's head from the reward head, shards the bases where that is
+    asked for, and groups what is trained.
+    """
+    layout, sharded = row.layout(config), _sharding(config, processes)
     sources = {"model": config.model, "reward_model": config.reward_model or config.model}
     _check_reward_model(config, layout)
     _check_reward_head(config, layout, sources)
@@ -117,12 +130,35 @@ def build(config: TrainConfig, row: Algorithm) -> Policy:
         _start_critic(model, layout.head_start, _has_reward_head(resolve(sources[layout.head_source])))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if sharded:
+        shard(model, rollouts=config.fsdp_rollouts, **sharded)  # type: ignore[arg-type]
     groups = _groups(model, row, config)
     trained = {name: parameter for _, members in groups.values() for name, parameter in members.items()}
     kept = {id(parameter) for parameter in trained.values()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in kept)
     return Policy(model, layout, trained, groups, trained | _snapshots(model, layout))
+
+
+def _sharding(config: TrainConfig, processes: Processes) -> dict[str, Any]:
+    """How the bases are to be sharded: what `shard` takes, from accelerate's FSDP plugin where its launcher set one up;
+    {}: not at all.
+    """
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+    if not (config.fsdp or launched):
+        return {}
+    if processes.count == 1:
+        raise UserError("fsdp: shards lie over several processes; start them by torchrun or accelerate launch")
+    if not launched:
+        return {"reshard_after_forward": True}
+    from accelerate import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise UserError(f"fsdp: accelerate's fsdp_version is {plugin.fsdp_version}; it must be 2")
+    if plugin.cpu_offload:
+        raise UserError("fsdp: accelerate's fsdp_offload_params is true; weights stay on the devices here")
+    return {"reshard_after_forward": bool(plugin.reshard_after_forward)}
 
 
 def _spec(name: str, config: TrainConfig, layout: Layout, saved: dict[str, Path]) -> LoraSpec:
