@@ -239,10 +239,11 @@ def _check_output(output_dir: Path, config: TrainConfig) -> None:
 
 def _save(output_dir: Path, step: int, phase: Online | Offline, policy: Policy) -> None:
     state = {"updates": phase.optimizer.updates, "phase": phase.state(), "config": asdict(phase.config)}
-    tensors = [policy.kept, phase.optimizer.state_tensors()]
+    model: dict[str, torch.Tensor] = dict(policy.kept)
+    optimizer = phase.optimizer.state_tensors()
     if policy.model.sharding is not None:
-        tensors = [gathered(part, phase.processes.main) for part in tensors]
-    found = checkpoint.Checkpoint(step, dict(tensors[0]), dict(tensors[1]), state)
+        model, optimizer = (gathered(part, phase.processes.main) for part in (model, optimizer))
+    found = checkpoint.Checkpoint(step, model, optimizer, state)
     with _writing(output_dir, phase.processes):
         if phase.processes.main:
             checkpoint.save(output_dir, found, phase.config.save_total_limit)

@@ -21,7 +21,10 @@ class Forward(Protocol):
     """One causal LM, ready to run packed steps."""
 
     lm: Any  # the transformers model, for its config, dtype and device
-    fixed: bool  # whether the weights lie at one place, as a captured step needs them
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the weights lie at one place, as a captured step needs them."""
 
     def rollout(self) -> Any:
         """A context around all of a run's steps, open while others may use the model between two of them."""
@@ -96,11 +99,14 @@ class PlainForward:
         from transformers import AttentionInterface
 
         check_decoder(model)
-        self.fixed = True
         AttentionInterface.register(ATTENTION, packed_attention)
         self.lm = model
         self._configs = _configs(model)
         self._checked = False
+
+    @property
+    def fixed(self) -> bool:
+        return True
 
     def rollout(self) -> AbstractContextManager[None]:
         return nullcontext()

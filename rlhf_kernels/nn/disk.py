@@ -35,7 +35,7 @@ def save(model: "HydraModel", directory: Path) -> None:
 
 
 def base_weights(model: "HydraModel", name: str) -> dict[str, Tensor]:
-    """A base's own tensors by name, without adapters; {} on the ranks that do not write, which must ask all the same."""
+    """A base's own tensors by name, without adapters; {} on the ranks that do not write, and must ask all the same."""
     own = {k: v for k, v in model.decoder(name).state_dict().items() if ".lora_A." not in k and ".lora_B." not in k}
     return own if model.sharding is None else gathered(own, model.sharding.leads)
 

@@ -59,9 +59,7 @@ def loss_of(model: HydraModel, sequences: list[int]) -> Tensor:
     )  # fmt: skip
     actor, count = out["actor"], sum(LENGTHS) - sum(PROMPTS)
     sign = torch.cat([signs[i][PROMPTS[i] :] for i in sequences])
-    assert actor.logprob is not None and actor.kl is not None and actor.entropy is not None
     value = out["critic"].value
-    assert value is not None
     tokens = sign * actor.logprob + 0.1 * actor.kl - 0.01 * actor.entropy + 0.1 * (value - sign).square()
     return tokens.sum() / count
 
