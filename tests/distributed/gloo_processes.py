@@ -13,7 +13,7 @@ from datetime import timedelta
 from multiprocessing import connection, get_context
 from typing import Any
 
-PATIENCE = 120.0  # seconds for all of a call
+PATIENCE = 300.0  # seconds for all of a call: generous, for machines that do other things besides
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, patience: float = PATIENCE) -> list[Any]:
