@@ -1,7 +1,7 @@
 """The same training on 1, 2 and 4 processes: how far the loss curves and the weights come apart.
 
 Every run is of the demo model in fp32, with the same data, seeds and optimiser steps; the runs differ in how many
-processes share a step and in how many micro-batches each cuts its share into. Compared with one process and one of them.
+processes share a step and in how many micro-batches each cuts its share into. Compared with one of each.
 """
 
 import json

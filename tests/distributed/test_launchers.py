@@ -1,4 +1,4 @@
-"""The command line under the launchers people have: `accelerate launch` with the configurations shipped, and `torchrun`."""
+"""The command line under the launchers people have: `accelerate launch` with our configurations, and `torchrun`."""
 
 import importlib.resources
 import os
@@ -39,6 +39,7 @@ def settings(folder, name, algorithm="hydra-ppo", **changes):
     return tiny.config(folder, algorithm, output_dir=str(folder / name), **changes)
 
 
+@pytest.mark.slow
 def test_a_failing_reward_ends_a_launched_run_with_one_line_and_a_checkpoint(tmp_path):
     done = launch(ACCELERATE, settings(tmp_path, "out", reward=["worker:fails"]))
     assert done.returncode != 0

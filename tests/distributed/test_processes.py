@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from rlhf_trainer import checkpoint, train
+from rlhf_trainer.algorithms import TABLE
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.metrics import read_lines
 from rlhf_trainer.processes import ALONE, Processes, join, summed
@@ -22,22 +23,19 @@ import tiny  # noqa: E402
 # of the machine, not of the run; and the sign of a margin that is 0 but for rounding where a round of inpo begins
 LEFT_OUT = ("timing/", "memory/", "sampling/tokens_per_second", "rewards/accuracies")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-TIMEOUT_S = 240
+TIMEOUT_S = 540  # four processes on a busy machine of two cores
 
 
 def command(count, arguments):
     """Runs Python on `count` processes; whatever it says comes back."""
     paths = [str(HERE), str(HERE.parent.parent / "python"), str(HERE.parent.parent), *sys.path]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-    start = [sys.executable] if count == 1 else [sys.executable, *TORCHRUN, str(count)]
-    done = subprocess.run(
-        [*start, *arguments], env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-    )
-    return done
+    words = [sys.executable, *TORCHRUN, str(count), *arguments]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
 
 
 def trained(count, configs, folder):
-    """What each process ends each of the configurations with: [process][configuration]."""
+    """What each process saw: [process][a probe, then each configuration's end, the last one's of a command line]."""
     file = folder / f"jobs-{count}"
     file.write_text(json.dumps([asdict(config) for config in configs]))
     done = command(count, [str(HERE / "worker.py"), str(file)])
@@ -84,9 +82,9 @@ def runs(tmp_path_factory):
 
     for config in configs(1):
         train(config)
-    failing = settings(folder, "failing", "remax", reward=["worker:fails"])
+    failing, commanded = (settings(folder, n, "remax", reward=["worker:fails"]) for n in ("failing", "commanded"))
     after = settings(folder, "after", "sft")
-    return folder, trained(2, [*configs(2), failing, after], folder)
+    return folder, trained(2, [*configs(2), failing, after, commanded], folder)
 
 
 @pytest.mark.parametrize("algorithm", CASES)
@@ -97,7 +95,9 @@ def test_two_processes_train_as_one(runs, algorithm):
 
 def test_every_process_ends_with_the_same_bits(runs):
     _, (first, second) = runs
-    assert [seen.get("weights") for seen in first] == [seen.get("weights") for seen in second]
+    weights = [[seen.get("weights") for seen in process[1:-1]] for process in (first, second)]
+    assert weights[0] == weights[1]
+    assert sum(digest is not None for digest in weights[0]) == len(CASES) + 1
 
 
 def test_one_process_writes(runs):
@@ -107,17 +107,62 @@ def test_one_process_writes(runs):
     assert len(shown) == 2 * 6  # of all prompts, in the first step and the last
 
 
-def test_a_reward_that_fails_on_one_process_stops_both_with_its_words_and_a_checkpoint(runs):
-    folder, seen = runs
-    errors = [process[len(CASES)]["error"] for process in seen]
+@pytest.mark.parametrize("place", ["failing", "commanded"])
+def test_a_reward_that_fails_on_one_process_leaves_a_checkpoint(runs, place):
+    assert checkpoint.steps(runs[0] / place) == [0]
+
+
+def test_a_reward_that_fails_on_one_process_stops_both_with_its_words(runs):
+    errors = [process[1 + len(CASES)]["error"] for process in runs[1]]
     assert errors[0] == errors[1]
     assert "RewardError: reward 'worker:fails' raised RuntimeError('no luck here') on prompt" in errors[0]
-    assert checkpoint.steps(folder / "failing") == [0]
+
+
+def test_a_command_line_that_fails_on_all_says_so_once(runs):
+    first, second = (process[-1] for process in runs[1])
+    assert (first["code"], second["code"], second["said"]) == (2, 2, "")
+    assert len(first["said"].splitlines()) == 1
+    assert first["said"].startswith("rlhf-train: error: reward 'worker:fails' raised RuntimeError('no luck here')")
 
 
 def test_processes_go_on_together_after_a_run_that_failed(runs):
-    folder, _ = runs
-    assert checkpoint.steps(folder / "after") == [2]
+    assert checkpoint.steps(runs[0] / "after") == [2]
+
+
+def test_gradients_add_up_and_one_that_nobody_has_stays_away(runs):
+    for process in runs[1]:
+        assert process[0]["gradients"] == [[3.0, 3.0], [0.0, 5.0], None]
+        assert process[0]["copied"] == 0.0
+
+
+def test_what_fails_on_one_process_fails_on_all(runs):
+    first, second = (process[0] for process in runs[1])
+    assert second["error"] == "ZeroDivisionError: integer division or modulo by zero"
+    assert first["error"] == f"PeerError: process 1 failed: {second['error']}"
+    assert first["each"] == second["each"] == [0, 1]  # and they go on
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["hydra-ppo", "dpo"])
+def test_two_processes_resume_bit_for_bit(tmp_path, algorithm):
+    changes = {"lora_r": 4, "gradient_accumulation_steps": 2}
+    whole = settings(tmp_path, "whole", algorithm, total_steps=4, **changes)
+    split = settings(tmp_path, "split", algorithm, total_steps=2, **changes)
+    rest = settings(tmp_path, "split", algorithm, total_steps=4, resume=True, **changes)
+    trained(2, [whole, split, rest], tmp_path)
+    weights, expected = (load_file(tmp_path / n / "checkpoint-4" / "model.safetensors") for n in ("split", "whole"))
+    assert all((weights[name] == expected[name]).all() for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_every_algorithm_trains_on_several_processes_as_on_one(tmp_path, count):
+    changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "rollout_batch_size": 4}
+    names = [name for name in TABLE if name not in CASES]
+    trained(count, [settings(tmp_path, f"{name}-{count}", name, **changes) for name in names], tmp_path)
+    for name in names:
+        train(settings(tmp_path, name, name, **changes))
+        assert_same_runs(tmp_path / f"{name}-{count}", tmp_path / name)
 
 
 def test_shares_are_neighbours_and_cover_everything():
