@@ -121,7 +121,7 @@ def build(config: TrainConfig, row: Algorithm, processes: Processes = ALONE) -> 
             train_base=list(layout.trained_bases),
             target_modules=targets,
             dtype=getattr(torch, config.dtype),
-            device=config.device,
+            device="cpu" if sharded else config.device,  # a base that does not fit goes to the device in shards
         ),
     )
     for name, directory in saved.items():
@@ -149,8 +149,11 @@ def _sharding(config: TrainConfig, processes: Processes) -> dict[str, Any]:
         return {}
     if processes.count == 1:
         raise UserError("fsdp: shards lie over several processes; start them by torchrun or accelerate launch")
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(processes.device.partition(":")[0], (processes.count,))
     if not launched:
-        return {"reshard_after_forward": True}
+        return {"mesh": mesh}
     from accelerate import FullyShardedDataParallelPlugin
 
     plugin = FullyShardedDataParallelPlugin()
@@ -158,7 +161,7 @@ def _sharding(config: TrainConfig, processes: Processes) -> dict[str, Any]:
         raise UserError(f"fsdp: accelerate's fsdp_version is {plugin.fsdp_version}; it must be 2")
     if plugin.cpu_offload:
         raise UserError("fsdp: accelerate's fsdp_offload_params is true; weights stay on the devices here")
-    return {"reshard_after_forward": bool(plugin.reshard_after_forward)}
+    return {"mesh": mesh, "reshard_after_forward": bool(plugin.reshard_after_forward)}
 
 
 def _spec(name: str, config: TrainConfig, layout: Layout, saved: dict[str, Path]) -> LoraSpec:

@@ -16,11 +16,11 @@ from rlhf_trainer.errors import UserError
 from rlhf_trainer.metrics import read_lines
 
 sys.path.append(str(Path(__file__).parent.parent / "trainer"))
-import tiny  # noqa: E402
+import tiny
 
 # Seven prompts or rows: two processes have unequal shares, and unequal numbers of micro-batches of one or two.
 CASES: dict[str, dict[str, Any]] = {
-    "hydra-ppo": {"num_ppo_epochs": 2, "num_mini_batches": 2, "per_device_train_batch_size": 1, "fsdp_rollouts": "whole"},
+    "hydra-ppo": {"num_ppo_epochs": 2, "num_mini_batches": 2, "per_device_train_batch_size": 1},
     "ppo": {"per_device_train_batch_size": 2, "fsdp_rollouts": "steps"},
     "remax": {"reward": ["test_fsdp_trainer:length"], "eval_steps": 1, "fsdp_rollouts": "steps", "lora_r": 4},
     "dpo": {"lora_r": 4, "precompute_ref_logprobs": True, "per_device_train_batch_size": 7},

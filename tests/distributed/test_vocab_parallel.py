@@ -127,7 +127,11 @@ def differences(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_field_and_gradient_is_that_of_the_whole_vocabulary(world: int) -> None:
     largest: dict[tuple, float] = {}
-    for found in run_ranks(world, differences, ROWS, ):
+    for found in run_ranks(
+        world,
+        differences,
+        ROWS,
+    ):
         for row, errors in zip(ROWS, found):
             bounds = {n: GRADIENT_BOUND[row["dtype"]] if n.startswith("d ") else FIELD_BOUND for n in errors}
             for name, error in errors.items():
