@@ -85,13 +85,16 @@ class Processes:
         return [result for result, _ in found]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """`each` for a block that gives nothing: it ends on all processes, or raises on all."""
+    def together(self, broken: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """`each` for a block that gives nothing: it ends on all processes, or raises on all.
+
+        broken: whether an error has left the others out of reach, as in `each` where it is linked.
+        """
         error = None
         try:
             yield
         except Exception as raised:
-            if self.count == 1:
+            if self.count == 1 or broken():
                 raise
             error = raised
 

@@ -174,7 +174,8 @@ class Sampler:
 
     def _agreed(self) -> AbstractContextManager[None]:
         """Nobody goes on from here to run a sharded model while another process has failed."""
-        return nullcontext() if self.model.sharding is None else self.processes.together()
+        sharding = self.model.sharding
+        return nullcontext() if sharding is None else self.processes.together(lambda: sharding.broken)
 
     def evaluate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Reward, KL and length on held-out prompts, sampled with the same draws every time; {} without any."""

@@ -86,8 +86,8 @@ class HydraForward:
     def logits(self, input_ids: Tensor, position_ids: Tensor, packed: SlicedRows, rows: Tensor) -> Tensor:
         first = not self._checked and type(packed) is SlicedRows  # a probe's layers attend in several ways
         checked: Any = FirstStep(packed) if first else packed
-        sharding.announce(self.model)
-        out = self.model.decode(self.role, input_ids, position_ids, checked, rows)
+        with sharding.announced(self.model):
+            out = self.model.decode(self.role, input_ids, position_ids, checked, rows)
         self._checked |= first
         return out
 

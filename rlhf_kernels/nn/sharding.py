@@ -35,6 +35,7 @@ class Sharding:
     rollouts: Rollouts
     reshard_after_forward: bool
     announcing: bool = False  # a rollout by steps is under way: every forward is announced to the other ranks
+    broken: bool = False  # a forward of it ended half-way: the others wait in the middle of theirs, out of reach
 
     @property
     def group(self) -> Any:
@@ -156,14 +157,14 @@ def _whole(groups: list[Any], sharding: Sharding) -> Iterator[None]:
 
 @contextmanager
 def _by_steps(groups: list[Any], sharding: Sharding) -> Iterator[None]:
-    """A rank that has finished, or failed, gathers along with the others' steps until all have."""
+    """A rank that has finished, or failed between two steps, gathers along with the others' until all have."""
     sharding.announcing = True
     try:
         yield
     finally:
         sharding.announcing = False
         model, *layers = groups
-        while sharding.anyone(False):
+        while not sharding.broken and sharding.anyone(False):
             model.unshard()
             for layer in layers:
                 layer.unshard()
@@ -171,10 +172,17 @@ def _by_steps(groups: list[Any], sharding: Sharding) -> Iterator[None]:
             model.reshard()
 
 
-def announce(model: "HydraModel") -> None:
-    """Before a forward of which the other ranks do not know."""
-    if model.sharding is not None and model.sharding.announcing:
-        model.sharding.anyone(True)
+@contextmanager
+def announced(model: "HydraModel") -> Iterator[None]:
+    """Around a forward of which the other ranks do not know."""
+    sharding = model.sharding
+    if sharding is None or not sharding.announcing:
+        yield
+        return
+    sharding.anyone(True)
+    sharding.broken = True
+    yield
+    sharding.broken = False  # not where it raised
 
 
 def _kept_whole(model: "HydraModel") -> list[nn.Parameter]:

@@ -225,6 +225,20 @@ def test_a_rank_that_fails_while_generating_leaves_no_other_waiting() -> None:
     assert "NaN" in second
 
 
+def breaking_rollout() -> None:
+    """Rank 1 fails in the middle of a forward, where the others wait for it."""
+    model = shard(model_of("frozen"), rollouts="steps")
+    if dist.get_rank() == 1:
+        last = decoder_layers(model.decoder("base"))[1][-1]
+        last.mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    generated(model, dist.get_rank())
+
+
+def test_a_rank_that_fails_inside_a_forward_ends_at_once() -> None:
+    with pytest.raises(AssertionError, match="rank 1 failed:(.|\n)*ZeroDivisionError"):
+        run_ranks(2, breaking_rollout)
+
+
 def contents(path: Path) -> Any:
     """Bytes, or a safetensors file's tensors and metadata, whose order in the file is not fixed."""
     if path.suffix != ".safetensors":

@@ -86,6 +86,14 @@ def assert_same_runs(folder: Path, other: Path) -> None:
         assert all((weights[n] - x).abs().max() < 2e-5 for n, x in expected.items()), name
 
 
+def assert_resumes(straight: Path, halves: Path) -> None:
+    """Bit for bit, AdamW's state as well."""
+    for name in ("model", "optimizer"):
+        one, other = (tensors(place / "checkpoint-2" / f"{name}.safetensors") for place in (straight, halves))
+        assert one.keys() == other.keys()
+        assert all(bool((other[n] == value).all()) for n, value in one.items()), name
+
+
 def same_as_alone(folder: Path, algorithm: str, world: int) -> None:
     alone = config_of(folder, algorithm, output_dir=str(folder / "alone"))
     core.train(alone)
@@ -97,9 +105,7 @@ def same_as_alone(folder: Path, algorithm: str, world: int) -> None:
     assert_same_runs(folder / "shards", folder / "alone")
     if algorithm == "inpo":  # its rounds depend on total_steps
         return
-    last = "checkpoint-2/model.safetensors"
-    resumed, straight = tensors(folder / "halves" / last), tensors(folder / "shards" / last)
-    assert all(bool((resumed[name] == value).all()) for name, value in straight.items())
+    assert_resumes(folder / "shards", folder / "halves")
 
 
 @pytest.mark.parametrize(
@@ -113,6 +119,20 @@ def test_two_processes_train_as_one_and_go_on_bit_for_bit(algorithm: str, tmp_pa
 @pytest.mark.parametrize("algorithm", ["hydra-ppo", "ppo"])
 def test_four_processes_train_as_one(algorithm: str, tmp_path: Path) -> None:
     same_as_alone(tmp_path, algorithm, 4)
+
+
+@pytest.mark.slow
+def test_masters_of_half_precision_weights_lie_in_shards_and_come_back(tmp_path: Path) -> None:
+    alone = config_of(tmp_path, "sft", dtype="bfloat16", output_dir=str(tmp_path / "alone"))
+    wanted = core.train(alone).history
+    whole = replace(alone, fsdp=True, output_dir=str(tmp_path / "shards"))
+    first = replace(whole, output_dir=str(tmp_path / "halves"), total_steps=1)
+    jobs = [whole, first, replace(first, total_steps=2, resume=True)]
+    assert run_ranks(2, trained, [asdict(job) for job in jobs]) == [[None] * 3] * 2
+    found = list(read_lines(tmp_path / "shards" / "metrics.jsonl"))
+    assert [row["loss/sft"] for row in found] == pytest.approx([row["loss/sft"] for row in wanted], abs=2e-2)
+    assert any(name.startswith("master.") for name in tensors(tmp_path / "shards/checkpoint-2/optimizer.safetensors"))
+    assert_resumes(tmp_path / "shards", tmp_path / "halves")
 
 
 @pytest.mark.slow
