@@ -69,7 +69,8 @@ class Processes:
         """
         if self.count == 1:
             return [work()]
-        result, error = None, None
+        result: Any = None
+        error: Exception | None = None
         try:
             result = work()
         except Exception as raised:
@@ -216,7 +217,6 @@ def _sum_bucket(bucket: Sequence["nn.Parameter"]) -> None:
     torch.distributed.all_reduce(flat)
     *sums, there = flat.split([*(p.numel() for p in bucket), len(bucket)])
     for parameter, total, holders in zip(bucket, sums, there.tolist()):
-        if holders and parameter.grad is None:
-            parameter.grad = torch.empty_like(parameter)
         if holders:
-            parameter.grad.copy_(total.view_as(parameter))
+            gradient = torch.empty_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = gradient.copy_(total.view_as(parameter))
