@@ -13,13 +13,21 @@ from datetime import timedelta
 from multiprocessing import connection, get_context
 from typing import Any
 
+IMPORTED = [
+    "torch._dynamo",  # an optimiser's first step imports it
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama", "qwen3")),
+    "rlhf_kernels.generation",
+    "rlhf_kernels.nn",
+]
 PATIENCE = 300.0  # seconds for all of a call: generous, for machines that do other things besides
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, patience: float = PATIENCE) -> list[Any]:
     """[function(*arguments) of rank 0, of rank 1, ...], each in a process of a gloo group of `world`."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "transformers", "rlhf_kernels.nn"])
+    context.set_forkserver_preload(IMPORTED)
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world)]
         ranks = [
