@@ -27,6 +27,7 @@ KL_ESTIMATORS = (
     "full_js",
     "none",
 )
+ROLLOUTS = ("whole", "steps")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 
 GROUPS = {  # a section's first field: its title in --help
@@ -65,6 +66,10 @@ class TrainConfig:
     seed: int = option(0, "seed of every random draw", least=0)
     dtype: str = option("float32", "of the model's weights", choices=("float32", "bfloat16"))
     device: str = option("cpu", "cpu, cuda or cuda:N")
+    fsdp: bool = option(False, "several processes: the bases' weights in shards over them (FSDP2)")
+    fsdp_rollouts: str = option(
+        "whole", "sampling with fsdp: the policy's base gathered once, or layer by layer each step", choices=ROLLOUTS
+    )
 
     # adapters
     lora_r: int | None = option(None, "rank; 0: no adapters, the whole base is trained", least=0)

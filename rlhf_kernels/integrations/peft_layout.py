@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf_kernels.nn.lora import LoraSpec, adapter_routes, decoder_linears, lora_layers
+from rlhf_kernels.nn.shards import whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,8 +44,11 @@ REMEDY = "merge it into the base with PEFT's merge_and_unload and load the merge
 FINGERPRINT, FINGERPRINT_VALUES = "base_fingerprint", 256  # key of the metadata; numbers read of each weight
 
 
-def save_adapter(model: "PreTrainedModel", name: str, directory: Path) -> None:
-    """Writes adapter `name` of `model` so that `peft.PeftModel.from_pretrained(base, directory)` loads it."""
+def save_adapter(model: "PreTrainedModel", name: str, directory: Path, fingerprint: str | None = None) -> None:
+    """Writes adapter `name` of `model` so that `peft.PeftModel.from_pretrained(base, directory)` loads it.
+
+    fingerprint: of `model`, where it is known.
+    """
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.lora_A}
     spec = adapter_routes(model).specs[name]
     tensors = {}
@@ -70,11 +74,16 @@ def save_adapter(model: "PreTrainedModel", name: str, directory: Path) -> None:
     }
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt", FINGERPRINT: base_fingerprint(model)})
+    save_file(
+        tensors, directory / WEIGHTS, metadata={"format": "pt", FINGERPRINT: fingerprint or base_fingerprint(model)}
+    )
 
 
 def base_fingerprint(model: "PreTrainedModel") -> str:
-    """`weights_fingerprint` of a model's own weights, adapters left out."""
+    """`weights_fingerprint` of a model's own weights without adapters; a frozen base's is kept when it is sharded."""
+    kept: str | None = getattr(model, "_fingerprint", None)
+    if kept is not None:
+        return kept
     own = ((n, w) for n, w in model.named_parameters() if ".lora_A." not in n and ".lora_B." not in n)
     return weights_fingerprint(own)
 
@@ -85,10 +94,11 @@ def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
 
     Numbers are rounded to bf16, so that a model loaded in float32 and in bfloat16 has one fingerprint. Training
     changes it: of so many numbers some cross a rounding boundary even where each moves by a thousandth of its size.
+    Weights in shards are gathered, one by one: every rank must ask.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(weights, key=lambda named: named[0]):
-        flat = weight.detach().reshape(-1)
+        flat = whole(weight.detach()).reshape(-1)
         some = flat[:: max(1, flat.numel() // FINGERPRINT_VALUES)].to("cpu", torch.bfloat16)
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(some.view(torch.int16).numpy().tobytes())

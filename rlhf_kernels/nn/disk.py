@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rlhf_kernels.integrations import peft_layout  # it imports this package: its names are there only later
+from rlhf_kernels.nn.shards import gathered
 
 if TYPE_CHECKING:
     from rlhf_kernels.nn.hydra import HydraModel
@@ -19,16 +20,25 @@ PEFT_DEFAULT = "default"  # PEFT's name for the adapter it saves in the director
 
 
 def save(model: "HydraModel", directory: Path) -> None:
-    """HydraModel.save_pretrained."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for adapter, where in model.adapters.items():
-        peft_layout.save_adapter(model.decoder(where), adapter, directory / adapter)
-    if model.heads:
-        save_heads(model.linear_heads(), directory)
+    """HydraModel.save_pretrained. What lies in shards is gathered by all ranks and written by the first."""
+    writes = model.sharding is None or model.sharding.leads
+    prints = {where: peft_layout.base_fingerprint(model.decoder(where)) for where in sorted({*model.adapters.values()})}
+    if writes:
+        directory.mkdir(parents=True, exist_ok=True)
+        for adapter, where in model.adapters.items():
+            peft_layout.save_adapter(model.decoder(where), adapter, directory / adapter, prints[where])
+        if model.heads:
+            save_heads(model.linear_heads(), directory)
     for name in model.trainable_bases:
-        base = model.decoder(name)
-        weights = {k: v for k, v in base.state_dict().items() if ".lora_A." not in k and ".lora_B." not in k}
-        base.save_pretrained(directory / name, state_dict=weights)
+        weights = base_weights(model, name)
+        if writes:
+            model.decoder(name).save_pretrained(directory / name, state_dict=weights)
+
+
+def base_weights(model: "HydraModel", name: str) -> dict[str, Tensor]:
+    """A base's own tensors by name, without adapters; {} on the ranks that do not write, and must ask all the same."""
+    own = {k: v for k, v in model.decoder(name).state_dict().items() if ".lora_A." not in k and ".lora_B." not in k}
+    return own if model.sharding is None else gathered(own, model.sharding.leads)
 
 
 def load_adapters(model: "HydraModel", directory: Path, names: Mapping[str, str] | None = None) -> list[str]:

@@ -33,6 +33,8 @@ from rlhf_kernels.ops.lora import Routing
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from rlhf_kernels.nn.sharding import Sharding
+
 
 class HydraModel(nn.Module):
     """Decoders, adapters and heads under named roles. Dropout is off in every pass, training or not.
@@ -53,6 +55,7 @@ class HydraModel(nn.Module):
     ) -> None:
         """`bases` are taken over: made to run on packed rows, frozen unless `train_base` (True, or names) says else."""
         super().__init__()
+        self.sharding: Sharding | None = None  # nn/sharding.py: the bases in shards over processes
         if not bases:
             raise ValueError("bases is empty; a HydraModel needs at least one base")
         if len({id(base) for base in bases.values()}) < len(bases):

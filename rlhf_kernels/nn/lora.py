@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_kernels.nn.routes import AdapterRoutes
+from rlhf_kernels.nn.shards import is_sharded
 from rlhf_kernels.nn.siblings import group_siblings, output, project
 
 if TYPE_CHECKING:
@@ -139,6 +140,11 @@ def attach_adapters(
             if not any(path == key or path.endswith("." + key) for path in paths):
                 raise ValueError(f"adapters[{name!r}]: rank_pattern names {key!r}, which is none of its layers")
         for path in paths:
+            module = model.get_submodule(path)
+            if not isinstance(module, LoRALinear) and is_sharded(cast(Tensor, module.weight)):
+                # FSDP knows the module that it sharded, and would not gather for another in its place
+                raise ValueError(f"adapters: {path} has had none and is sharded by now; attach adapters before `shard`")
+        for path in paths:
             _adaptable(model, path, routes).add_adapter(name, spec, spec.rank(path))
         routes.specs[name] = spec
     group_siblings(model, fuse)
@@ -182,15 +188,21 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
+def decoder_layers(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
+    """The path and the list of a model's decoder layers. ValueError where it has no such list."""
+    layers = model.config.get_text_config().num_hidden_layers
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers:
+            return path, module
+    raise ValueError(f"{type(model).__name__} has no list of {layers} decoder layers")
+
+
 def decoder_linears(model: "PreTrainedModel") -> list[str]:
     """The paths of every Linear and Conv1D inside the decoder layers: what "all-linear" means."""
     from transformers.pytorch_utils import Conv1D
 
     kinds = (nn.Linear, Conv1D, LoRALinear)
-    layers = model.config.get_text_config().num_hidden_layers
-    stack = next((p for p, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers), None)
-    if stack is None:
-        raise ValueError(f"{type(model).__name__} has no list of {layers} decoder layers to put adapters on")
+    stack, _ = decoder_layers(model)
     return [p for p, m in model.named_modules() if p.startswith(stack + ".") and isinstance(m, kinds)]
 
 
