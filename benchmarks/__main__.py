@@ -1,7 +1,7 @@
 """Times the ops beside their peers, reports their errors, and renders the results.
 
 python -m benchmarks lora --memory --json FILE     times, peak memory and targets (also: attention, gae, generation,
-                                                   head, rl, sampling)
+                                                   head, loops, rl, sampling, trl)
 python -m benchmarks memory --write                the memory plan beside what the trainer takes
 python -m benchmarks numerics --write              errors against float64, into docs/kernels.md
 python -m benchmarks claims --write                the papers' claims, measured, into docs/reproduction.md
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(dest="name", required=True)
-    for name in ("attention", "gae", "generation", "head", "lora", "rl", "sampling"):
+    for name in ("attention", "gae", "generation", "head", "loops", "lora", "rl", "sampling", "trl"):
         command = commands.add_parser(name)
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         command.add_argument("--rounds", type=int, help="timed runs of each contestant (5; on a GPU 20)")
@@ -162,4 +162,5 @@ def _table(args: argparse.Namespace) -> None:
         tables.write_between(ROOT / "benchmarks/README.md", "tables", text)
 
 
-main()
+if __name__ == "__main__":
+    main()

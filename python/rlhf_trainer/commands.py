@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from platform import python_version
 from typing import Any
 
+from .defaults import SIZES, own_defaults
 from .errors import UserError, one_line
 from .flags import load_config, take
 from .names import ALGORITHMS
@@ -137,13 +138,13 @@ def plan_command(words: list[str]) -> None:
 
 
 def _of_a_run(paths: list[str]) -> dict[str, Any]:
-    """Plan's options as the configuration files of a run say them; what these leave open keeps plan's default."""
+    """Plan's options as the configuration files of a run say them, or as its algorithm has them by default."""
     config = load_config([word for path in paths for word in ("--config", path)])
-    from .defaults import own_defaults
-
     own = own_defaults(config.algorithm)
-    values = {name: getattr(config, key) for name, key in OF_A_RUN.items()}
-    values["lora_rank"] = config.lora_r or (own["lora_r"] if config.lora_r is None else 0)
+    if config.memory_budget is not None:  # which the plan then fills
+        own = {name: value for name, value in own.items() if name not in SIZES}
+    said = {name: getattr(config, key) for name, key in OF_A_RUN.items()}
+    values = {name: own.get(OF_A_RUN[name]) if value is None else value for name, value in said.items()}
     values["reward_model"] = not config.reward
     return {name: value for name, value in values.items() if value is not None and (name, value) != ("lora_rank", 0)}
 

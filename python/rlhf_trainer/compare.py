@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COLORS = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#dc2626", "#0891b2", "#be185d", "#65a30d")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # a colour's second and third run
 MOST = len(COLORS) * len(DASHES)
+FEW = 8  # values are drawn as they are where they are fewer
 BAND = 4  # with more runs than this the bands of scatter would hide each other
 
 PANELS = (  # file, metrics it may come from, title, unit; a run is drawn by the first that it has
@@ -94,11 +95,11 @@ def draw(runs: dict[str, Run]) -> "dict[str, Figure]":
             if metric is None:
                 continue
             steps, values = series(run.history, metric)
-            mean, spread = (values, [0.0] * len(values)) if file == "eval_reward" else smooth(values)
-            if len(runs) <= BAND and len(steps) >= 8:
+            few = file == "eval_reward" or len(steps) < FEW
+            mean, spread = (values, [0.0] * len(values)) if few else smooth(values)
+            if len(runs) <= BAND and not few:
                 low, high = ([m + sign * s for m, s in zip(mean, spread)] for sign in (-1, 1))
                 axes.fill_between(steps, low, high, color=look["color"], alpha=0.1, linewidth=0)
-            few = file == "eval_reward" or len(steps) == 1
             axes.plot(steps, mean, linewidth=2, label=name, marker="o" if few else None, markersize=5, **look)
         if not axes.lines:
             continue
@@ -125,7 +126,7 @@ def _reward_against(
         places = place(rows)
         if len(rows) < 2 or len(places) < len(rows):
             continue
-        reward = smooth(series(rows, "reward")[1])[0]
+        reward = _smoothed(rows, "reward")
         axes.plot(places, reward, linewidth=1.8, label=name, **look)
         axes.plot(places[-1:], reward[-1:], "o", color=look["color"], markersize=6)
     if not axes.lines:
@@ -134,8 +135,13 @@ def _reward_against(
     return figure
 
 
+def _smoothed(rows: History, metric: str) -> list[float]:
+    values = series(rows, metric)[1]
+    return values if len(values) < FEW else smooth(values)[0]
+
+
 def _kl(rows: History) -> list[float]:
-    return smooth(series(rows, "objective/kl")[1])[0]
+    return _smoothed(rows, "objective/kl")
 
 
 def _seconds(rows: History) -> list[float]:

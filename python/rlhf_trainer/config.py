@@ -27,6 +27,7 @@ KL_ESTIMATORS = (
     "full_js",
     "none",
 )
+ROLLOUTS = ("whole", "steps")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 
 GROUPS = {  # a section's first field: its title in --help
@@ -65,6 +66,10 @@ class TrainConfig:
     seed: int = option(0, "seed of every random draw", least=0)
     dtype: str = option("float32", "of the model's weights", choices=("float32", "bfloat16"))
     device: str = option("cpu", "cpu, cuda or cuda:N")
+    fsdp: bool = option(False, "several processes: the bases' weights in shards over them (FSDP2)")
+    fsdp_rollouts: str = option(
+        "whole", "sampling with fsdp: the policy's base gathered once, or layer by layer each step", choices=ROLLOUTS
+    )
 
     # adapters
     lora_r: int | None = option(None, "rank; 0: no adapters, the whole base is trained", least=0)
@@ -254,7 +259,7 @@ def _check_held_out(config: TrainConfig) -> None:
         return
     if config.reward and config.algorithm == "reward":
         raise UserError("reward: the algorithm of that name generates nothing that could be scored")
-    if config.reward and config.eval_prompts is None and config.model != "demo":
+    if config.reward and config.eval_prompts is None and (config.model != "demo" or config.prompts is not None):
         raise UserError(f"reward: {config.algorithm} scores completions of eval_prompts alone; give some")
     if config.eval_prompts and not config.reward:
         raise UserError(f"eval_prompts: {config.algorithm} completes them only to score them; give a reward")

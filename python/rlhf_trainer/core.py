@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from rlhf_kernels.memory_scratch import PRODUCTS
+from rlhf_kernels.nn.shards import fill, gathered
 from rlhf_trainer import checkpoint
 from rlhf_trainer.algorithms import Algorithm, find, with_defaults
 from rlhf_trainer.budget import fitted
@@ -37,6 +38,8 @@ from rlhf_trainer.signals import Interrupted, Stop, Terminated
 # another total_steps under a schedule that ends with the run, but a run is lengthened on purpose).
 FREE_ON_RESUME = {
     "device",
+    "fsdp",
+    "fsdp_rollouts",
     "eval_prompts",
     "eval_steps",
     "kv_memory",
@@ -116,8 +119,7 @@ def _train(config: TrainConfig, processes: Processes, lock: DirectoryLock) -> Tr
     finally:
         log.close()
     with _writing(output_dir, processes):
-        if processes.main:
-            policy.export(output_dir, tokenizer)
+        policy.export(output_dir, tokenizer, processes.main)
         if config.report and processes.main:
             from rlhf_trainer.report import write_report
 
@@ -198,7 +200,7 @@ def build_phase(
         eval_prompts = load_prompts(config, tokenizer, "eval_prompts") if config.reward else []
         config = fitted(config, row, rows)
         rewards = build_rewards(config)
-        policy = build(config, row)
+        policy = build(config, row, processes)
         sampler = build_sampler(config, policy, tokenizer, rewards, processes) if eval_prompts else None
         optimizer = Optimizer(policy.groups, config, config.total_steps, processes)
         return Offline(policy.model, row, config, optimizer, rows, sampler, eval_prompts, processes), policy
@@ -207,7 +209,7 @@ def build_phase(
     demonstrations = load_demonstrations(config, tokenizer, "demonstrations") if config.demonstrations else []
     config = fitted(config, row, [*prompts, *eval_prompts, *demonstrations])
     rewards = build_rewards(config)
-    policy = build(config, row)
+    policy = build(config, row, processes)
     updates = config.total_steps * (config.num_ppo_epochs or 1) * config.num_mini_batches
     optimizer = Optimizer(policy.groups, config, updates, processes)
     sampler = build_sampler(config, policy, tokenizer, rewards, processes)
@@ -271,7 +273,11 @@ def _check_output(output_dir: Path, config: TrainConfig) -> None:
 def _save(output_dir: Path, step: int, phase: Online | Offline, policy: Policy) -> None:
     state = {"updates": phase.optimizer.updates, "phase": phase.state(), "config": asdict(phase.config)}
     state["frozen"] = policy.frozen
-    found = checkpoint.Checkpoint(step, dict(policy.kept), phase.optimizer.state_tensors(), state)
+    model: dict[str, torch.Tensor] = dict(policy.kept)
+    optimizer = phase.optimizer.state_tensors()
+    if policy.model.sharding is not None:
+        model, optimizer = (gathered(part, phase.processes.main) for part in (model, optimizer))
+    found = checkpoint.Checkpoint(step, model, optimizer, state)
     with _writing(output_dir, phase.processes):
         if phase.processes.main:
             checkpoint.save(output_dir, found, phase.config.save_total_limit)
@@ -296,7 +302,7 @@ def _restore(found: checkpoint.Checkpoint, phase: Online | Offline, policy: Poli
     check_checkpoint(found, policy, phase.optimizer)
     with torch.no_grad():
         for name, parameter in policy.kept.items():
-            parameter.copy_(found.model[name])
+            fill(parameter, found.model[name])
     phase.optimizer.load_state_tensors(found.optimizer, found.state["updates"])
     phase.load_state(found.state["phase"])
 

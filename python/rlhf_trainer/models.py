@@ -20,13 +20,14 @@ from rlhf_kernels.integrations.peft_layout import (
     saved_fingerprint,
     weights_fingerprint,
 )
-from rlhf_kernels.nn import HydraModel, LoraSpec
-from rlhf_kernels.nn.disk import load_heads
+from rlhf_kernels.nn import HydraModel, LoraSpec, shard
+from rlhf_kernels.nn.disk import base_weights, load_heads
 from rlhf_trainer import checkpoint
 from rlhf_trainer.algorithms import Algorithm, Layout
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.errors import UserError, one_line
 from rlhf_trainer.hub import unreachable
+from rlhf_trainer.processes import ALONE, Processes
 
 HEADS_FILE = "heads.safetensors"
 
@@ -45,8 +46,18 @@ class Policy:
     kept: dict[str, nn.Parameter]
     frozen: str
 
-    def export(self, output_dir: Path, tokenizer: Any) -> None:
-        """The result for other programs: PEFT adapters or checkpoints (the policy's at the top), heads, tokenizer."""
+    def export(self, output_dir: Path, tokenizer: Any, writes: bool = True) -> None:
+        """The result for other programs: PEFT adapters or checkpoints (the policy's at the top), heads, tokenizer.
+
+        Of several processes one `writes`; all must call, to gather what lies in shards.
+        """
+        sharded = self.model.sharding is not None
+        bases = {spec.base for spec in self.layout.roles.values() if spec.base in self.layout.trained_bases}
+        weights = {base: base_weights(self.model, base) for base in sorted(bases) if sharded}
+        if not writes:
+            if sharded and self.layout.adapters:
+                self.model.save_pretrained(output_dir)  # it writes nothing here
+            return
 
         def write(directory: Path) -> None:
             if self.layout.adapters:
@@ -58,7 +69,7 @@ class Policy:
                     continue
                 place = directory if spec.base == "base" else directory / spec.base
                 if not (place / "config.json").exists():
-                    self.model.base_model(role).save_pretrained(str(place))
+                    self.model.base_model(role).save_pretrained(str(place), state_dict=weights.get(spec.base))
                 if spec.head != "lm" and f"heads.{spec.head_key}.weight" in self.trained:
                     head = self.trained[f"heads.{spec.head_key}.weight"].detach().cpu()
                     save_file({f"{spec.head}.weight": head}, place / HEADS_FILE, metadata={"format": "pt"})
@@ -101,9 +112,11 @@ def load_tokenizer(config: TrainConfig) -> Any:
     return _loading("model", config.model, lambda: AutoTokenizer.from_pretrained(resolve(config.model)))
 
 
-def build(config: TrainConfig, row: Algorithm) -> Policy:
-    """Loads the bases, attaches adapters, starts the critic's head from the reward head, and groups what is trained."""
-    layout = row.layout(config)
+def build(config: TrainConfig, row: Algorithm, processes: Processes = ALONE) -> Policy:
+    """Loads the bases, attaches adapters, starts the critic's head from the reward head, shards the bases where that is
+    asked for, and groups what is trained.
+    """
+    layout, sharded = row.layout(config), _sharding(config, processes)
     sources = {"model": config.model, "reward_model": config.reward_model or config.model}
     _check_reward_model(config, layout)
     _check_reward_head(config, layout, sources)
@@ -124,7 +137,7 @@ def build(config: TrainConfig, row: Algorithm) -> Policy:
             train_base=list(layout.trained_bases),
             target_modules=targets,
             dtype=getattr(torch, config.dtype),
-            device=config.device,
+            device="cpu" if sharded else config.device,  # a base that does not fit goes to the device in shards
         ),
     )
     for name, directory in saved.items():
@@ -133,6 +146,8 @@ def build(config: TrainConfig, row: Algorithm) -> Policy:
         _start_critic(model, layout.head_start, _has_reward_head(resolve(sources[layout.head_source])))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if sharded:
+        shard(model, rollouts=config.fsdp_rollouts, **sharded)  # type: ignore[arg-type]
     groups = _groups(model, row, config)
     trained = {name: parameter for _, members in groups.values() for name, parameter in members.items()}
     learning = {id(parameter) for parameter in trained.values()}
@@ -141,6 +156,30 @@ def build(config: TrainConfig, row: Algorithm) -> Policy:
     kept = trained | _snapshots(model, layout)
     frozen = weights_fingerprint((name, weight) for name, weight in model.named_parameters() if name not in kept)
     return Policy(model, layout, trained, groups, kept, frozen)
+
+
+def _sharding(config: TrainConfig, processes: Processes) -> dict[str, Any]:
+    """How the bases are to be sharded: what `shard` takes, from accelerate's FSDP plugin where its launcher set one up;
+    {}: not at all.
+    """
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes")
+    if not (config.fsdp or launched):
+        return {}
+    if processes.count == 1:
+        raise UserError("fsdp: shards lie over several processes; start them by torchrun or accelerate launch")
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(processes.device.partition(":")[0], (processes.count,))
+    if not launched:
+        return {"mesh": mesh}
+    from accelerate import FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise UserError(f"fsdp: accelerate's fsdp_version is {plugin.fsdp_version}; it must be 2")
+    if plugin.cpu_offload:
+        raise UserError("fsdp: accelerate's fsdp_offload_params is true; weights stay on the devices here")
+    return {"mesh": mesh, "reshard_after_forward": bool(plugin.reshard_after_forward)}
 
 
 def _spec(name: str, config: TrainConfig, layout: Layout, saved: dict[str, Path]) -> LoraSpec:

@@ -56,28 +56,32 @@ class Offline:
         batch = [self.rows[i] for i in self.order.at(step)]
         tokens = sum(completion_tokens(row) for row in batch)
         counts = Counts(float(tokens), float(len(batch)))
-        mine = batch[self.processes.share(len(batch))]
-        totals = summed(self.processes.each(lambda: self._differentiate(mine, counts)))
+        linked = self.model.sharding is not None
+        totals = summed(self.processes.each(lambda: self._differentiate(batch, counts), linked))
         totals |= self.optimizer.step()
         return totals | {"num_tokens": float(tokens), "timing/update": time.perf_counter() - started}
 
     def _differentiate(self, rows: list[Any], counts: Counts) -> dict[str, float]:
         """Gradients of this process's share of a batch, in micro-batches; its share of the metrics."""
         totals: dict[str, float] = {}
-        size = self.config.micro_batch
-        for first in range(0, len(rows), size):
-            share = self.row.loss(self.model, rows[first : first + size], counts, self.config)
-            share.value.backward()
+        mine, even = rows[self.processes.share(len(rows))], self.model.sharding is not None
+        for part, counted in self.processes.pieces(mine, self.config.micro_batch, len(rows), even):
+            share = self.row.loss(self.model, part, counts, self.config)
+            (share.value if counted else 0.0 * share.value).backward()
             for name, value in share.metrics.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
+                totals[name] = totals.get(name, 0.0) + float(value) * counted
         return totals
 
     def _prepared(self, prepare: Prepare) -> list[Any]:
         """The rows as `prepare` gives them, each process its share: whole micro-batches, so that they are the same."""
         size = self.config.micro_batch
-        share = self.processes.share(-(-len(self.rows) // size))
+        blocks = -(-len(self.rows) // size)
+        share = self.processes.share(blocks)
         mine = self.rows[share.start * size : share.stop * size]
-        parts = self.processes.each(lambda: prepare(self.model, mine, self.config))
+        lacking = -(-blocks // self.processes.count) - (share.stop - share.start)  # of the largest share's
+        linked = self.model.sharding is not None
+        more = self.rows[:size] * lacking if linked else []
+        parts = self.processes.each(lambda: prepare(self.model, more + mine, self.config)[len(more) :], linked)
         return [row for part in parts for row in part]
 
     def evaluate(self) -> dict[str, float]:

@@ -151,28 +151,27 @@ class Online:
 
         groups: int64, numbers of groups of `row.group` completions, which are not cut.
         """
-        size = self.row.group
-        inside = torch.arange(size, device=groups.device)
-        whole = (groups[:, None] * size + inside).flatten()
-        counts = Counts(float(rollout.completion_lengths[whole].sum()), float(len(groups)))
-        share = self.processes.share(len(groups))
-        mine = whole[share.start * size : share.stop * size]
-        parts = self.processes.each(lambda: self._differentiate(rollout, mine, counts))
+        counts = Counts(float(rollout.completion_lengths[self._members(groups)].sum()), float(len(groups)))
+        linked = self.model.sharding is not None
+        parts = self.processes.each(lambda: self._differentiate(rollout, groups, counts), linked)
         return summed([totals for totals, _ in parts]), max(difference for _, difference in parts)
 
-    def _differentiate(
-        self, rollout: Rollout, sequences: torch.Tensor, counts: Counts
-    ) -> tuple[dict[str, float], float]:
-        """This process's share of a minibatch: int64, numbers of sequences, whole groups."""
+    def _members(self, groups: torch.Tensor) -> torch.Tensor:
+        """int64: the numbers of the groups' completions."""
         size = self.row.group
+        return (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()
+
+    def _differentiate(self, rollout: Rollout, groups: torch.Tensor, counts: Counts) -> tuple[dict[str, float], float]:
+        """`_accumulate` on this process's share of the groups."""
         totals: dict[str, float] = {}
         difference = 0.0
-        for index in sequences.split(max(self.config.micro_batch // size, 1) * size):
-            batch = rollout.select(index)
+        mine, size = groups[self.processes.share(len(groups))], max(self.config.micro_batch // self.row.group, 1)
+        for part, counted in self.processes.pieces(mine, size, len(groups), self.model.sharding is not None):
+            batch = rollout.select(self._members(part))
             share = self.row.loss(self.model, batch, counts, self.config)
-            share.value.backward()
+            (share.value if counted else 0.0 * share.value).backward()
             for name, value in share.metrics.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
+                totals[name] = totals.get(name, 0.0) + float(value) * counted
             if share.logprobs is not None:
                 difference = max(difference, float((share.logprobs - batch.captured).abs().max()))
         return totals, difference
@@ -184,13 +183,13 @@ class Online:
         mine = rows[self.processes.share(len(rows))]
 
         def work() -> float:
-            if not mine:
+            if not mine and self.model.sharding is None:
                 return 0.0
-            share = sft.loss(self.model, mine, counts, self.config)
-            (self.config.ptx_coef * share.value).backward()
-            return float(share.metrics["loss/sft"])
+            share = sft.loss(self.model, mine or rows[:1], counts, self.config)  # a sharded model runs everywhere
+            (self.config.ptx_coef * bool(mine) * share.value).backward()
+            return float(share.metrics["loss/sft"]) * bool(mine)
 
-        return sum(self.processes.each(work))
+        return sum(self.processes.each(work, linked=self.model.sharding is not None))
 
     def _objective(self, rollout: Rollout, raw: torch.Tensor) -> dict[str, float]:
         lengths = rollout.completion_lengths.float()

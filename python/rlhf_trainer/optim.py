@@ -4,14 +4,16 @@ Each group's gradients are clipped by their own norm, so that a critic far off d
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlhf_kernels.nn.shards import fill, own
 from rlhf_trainer.config import TrainConfig
-from rlhf_trainer.processes import ALONE, Processes
+from rlhf_trainer.processes import ALONE, Processes, is_sharded
 
 
 def schedule(config: TrainConfig, update: int, total: int) -> float:
@@ -49,10 +51,10 @@ class Optimizer:
         self._rates: list[float] = []
         adam_groups: list[dict[str, Any]] = []
         for group, (rate, parameters) in groups.items():
-            for decays in (True, False):
+            for decays, sharded in product((True, False), (True, False)):  # one call of AdamW takes one kind
                 masters = []
                 for name, parameter in parameters.items():
-                    if (parameter.ndim >= 2) != decays:
+                    if (parameter.ndim >= 2) != decays or is_sharded(parameter) != sharded:
                         continue
                     exact = parameter.dtype == torch.float32
                     self.masters[name] = parameter if exact else parameter.detach().float().clone()
@@ -85,7 +87,8 @@ class Optimizer:
                 continue
             self.processes.sum_gradients(group)
             limit = self.config.max_grad_norm if self.config.max_grad_norm > 0 else math.inf
-            squares += float(nn.utils.clip_grad_norm_(group, limit)) ** 2
+            clip = _clip_shards if any(map(is_sharded, group)) else nn.utils.clip_grad_norm_
+            squares += float(clip(group, limit)) ** 2
         if not math.isfinite(squares):
             raise FloatingPointError(
                 f"the gradient norm is {math.sqrt(squares)} at optimiser step {self.updates + 1}; "
@@ -124,8 +127,28 @@ class Optimizer:
         self.updates = updates
         for name, master in self.masters.items():
             if f"master.{name}" in tensors:
-                master.copy_(tensors[f"master.{name}"])
+                fill(master, tensors[f"master.{name}"])
             if f"step.{name}" in tensors:
-                self.adam.state[master] = {
-                    key: tensors[f"{key}.{name}"].to(master.device) for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+                moments = {key: torch.empty_like(master) for key in ("exp_avg", "exp_avg_sq")}
+                for key, moment in moments.items():
+                    fill(moment, tensors[f"{key}.{name}"])
+                self.adam.state[master] = {"step": tensors[f"step.{name}"].to(master.device), **moments}
+
+
+@torch.no_grad()
+def _clip_shards(parameters: Sequence[nn.Parameter], limit: float) -> float:
+    """clip_grad_norm_ where some gradients lie in shards over all processes; returns the norm before it."""
+    there = [p.grad for p in parameters if p.grad is not None]
+    device = parameters[0].device
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    for grad in filter(is_sharded, there):
+        squares += own(grad).double().square().sum()
+    torch.distributed.all_reduce(squares)
+    for grad in there:
+        if not is_sharded(grad):
+            squares += grad.double().square().sum()
+    norm = float(squares.sqrt())
+    factor = min(1.0, limit / (norm + 1e-6))
+    for grad in there:
+        own(grad).mul_(factor)
+    return norm

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import PeerError, UserError, one_line
 
@@ -48,18 +48,36 @@ class Processes:
         if items < self.count:
             raise UserError(f"{name}: {items} {what} cannot be shared by {self.count} processes; each needs one")
 
-    def each(self, work: Callable[[], T]) -> list[T]:
+    def pieces(self, mine: Any, size: int, items: int, even: bool) -> Iterator[tuple[Any, bool]]:
+        """`mine`, this process's share of `items`, in pieces of `size`, each with whether it counts.
+
+        even: as many pieces as the largest share gives, because all must run a sharded model equally often; those that
+        a smaller share lacks repeat the first and do not count. mine: a list or tensor, then not empty.
+        """
+        wanted = -(-items // self.count) if even else len(mine)
+        for first in range(0, wanted, size):
+            yield (mine[first : first + size], True) if first < len(mine) else (mine[:size], False)
+
+    def each(self, work: Callable[[], T], linked: bool = False) -> list[T]:
         """What `work()` gave on each process, on all of them (pickled: keep tensors on the CPU).
 
         Where it raises on one process it raises on all: UserErrors as they are, anything else as a PeerError on those
         that were well. So nobody waits for a process that has failed. `work` must not wait for the others itself.
+
+        linked: it does (a model in shards); the others are then out of reach in the middle of it. An error on this
+        process alone is raised at once: it ends, and its launcher ends the others.
         """
         if self.count == 1:
             return [work()]
-        result, error = None, None
+        result: Any = None
+        error: Exception | None = None
         try:
             result = work()
         except Exception as raised:
+            if linked and isinstance(raised, (UserError, PeerError)):  # `together` inside has told the others
+                raise
+            if linked:
+                raise RuntimeError(f"process {self.rank} failed while it shared a model in shards") from raised
             error = raised
         found = self._gather((result, None if error is None else self._portable(error)))
         for rank, (_, failure) in enumerate(found):
@@ -68,13 +86,16 @@ class Processes:
         return [result for result, _ in found]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """`each` for a block that gives nothing: it ends on all processes, or raises on all."""
+    def together(self, broken: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """`each` for a block that gives nothing: it ends on all processes, or raises on all.
+
+        broken: whether an error has left the others out of reach, as in `each` where it is linked.
+        """
         error = None
         try:
             yield
         except Exception as raised:
-            if self.count == 1:
+            if self.count == 1 or broken():
                 raise
             error = raised
 
@@ -87,13 +108,15 @@ class Processes:
     def sum_gradients(self, parameters: Iterable["nn.Parameter"]) -> None:
         """Adds the gradients of all processes, in fp32; a parameter without one anywhere stays without.
 
-        Every process must pass the same parameters in the same order.
+        Every process must pass the same parameters in the same order. Those in shards have their sums already.
         """
         if self.count == 1:
             return
         bucket: list[nn.Parameter] = []
         size = 0
         for parameter in parameters:
+            if is_sharded(parameter):
+                continue
             if bucket and size + parameter.numel() > BUCKET:
                 _sum_bucket(bucket)
                 bucket, size = [], 0
@@ -103,13 +126,14 @@ class Processes:
             _sum_bucket(bucket)
 
     def copy_from_main(self, tensors: Iterable["Tensor"]) -> None:
-        """Writes the main process's values into the tensors of the others."""
+        """Writes the main process's values into the tensors of the others, but for tensors in shards."""
         if self.count == 1:
             return
         from accelerate.utils import broadcast
 
         for tensor in tensors:
-            broadcast(tensor.detach())
+            if not is_sharded(tensor):
+                broadcast(tensor.detach())
 
     def _gather(self, value: T) -> list[T]:
         from accelerate.utils import gather_object
@@ -124,6 +148,13 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def is_sharded(tensor: "Tensor") -> bool:
+    """Whether this process holds a part of the tensor only (FSDP2)."""
+    from rlhf_kernels.nn.shards import is_sharded
+
+    return is_sharded(tensor)
 
 
 def join(device: str) -> Processes:
@@ -186,7 +217,6 @@ def _sum_bucket(bucket: Sequence["nn.Parameter"]) -> None:
     torch.distributed.all_reduce(flat)
     *sums, there = flat.split([*(p.numel() for p in bucket), len(bucket)])
     for parameter, total, holders in zip(bucket, sums, there.tolist()):
-        if holders and parameter.grad is None:
-            parameter.grad = torch.empty_like(parameter)
         if holders:
-            parameter.grad.copy_(total.view_as(parameter))
+            gradient = torch.empty_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = gradient.copy_(total.view_as(parameter))

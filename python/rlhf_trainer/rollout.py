@@ -17,6 +17,7 @@ from rlhf_kernels.generation import Rollout as GeneratedRollout
 from rlhf_kernels.generation import SamplingParams, SlicedGenerator
 from rlhf_kernels.nn import HydraModel
 from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.processes import ALONE
 
 PER_TOKEN = (
     "captured",
@@ -196,14 +197,21 @@ _READ = {
 
 
 def read(
-    model: HydraModel, rollout: Rollout, roles: Sequence[str], config: TrainConfig, divergence: str | None = None
+    model: HydraModel,
+    rollout: Rollout,
+    roles: Sequence[str],
+    config: TrainConfig,
+    divergence: str | None = None,
+    most: int = 0,
 ) -> None:
     """Fills what `roles` say of every sequence: logprobs, values and, for "reward", `scores`. One call a micro-batch.
 
-    divergence: "kl" or "js", the exact one between actor and reference over the vocabulary.
+    divergence: "kl" or "js", the exact one between actor and reference over the vocabulary. most: of the processes
+    that share a sharded model, the most sequences any has; then all call it equally often.
     """
     found: dict[str, list[Tensor]] = {}
-    for index in torch.arange(len(rollout), device=rollout.lengths.device).split(config.micro_batch):
+    every = torch.arange(len(rollout), device=rollout.lengths.device)
+    for index, counted in ALONE.pieces(every, config.micro_batch, most, even=most > 0):
         part = rollout.select(index)
         out = model.score(
             part.tokens,
@@ -214,6 +222,8 @@ def read(
             entropy="actor" in roles,
             divergence=(divergence,) if divergence else (),
         )
+        if not counted:
+            continue
         wanted = [(role, *pair) for role in roles for pair in _READ[role].items()]
         if divergence:
             wanted.append(("actor", "divergences", divergence))

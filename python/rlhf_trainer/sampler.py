@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -87,14 +88,19 @@ class Sampler:
         """Samples by `role`, scores by `roles`: each process its share of the prompts, and all have the whole."""
         if self.processes.count == 1:
             return self._complete(prompts, params, streams, roles, estimator, role)
-        share = self.processes.share(len(prompts))
+        share, linked = self.processes.share(len(prompts)), self.model.sharding is not None
+        most = -(-len(prompts) // self.processes.count) if linked else 0
 
         def work() -> Completed | None:
-            if not prompts[share]:
+            mine, numbers = prompts[share], streams[share]
+            if not mine and not linked:
                 return None
-            return self._complete(prompts[share], params, streams[share], roles, estimator, role).to("cpu")
+            if not mine:  # a sharded model runs everywhere: this process takes part with what another counts
+                mine, numbers = prompts[:1], streams[:1]
+            done = self._complete(mine, params, numbers, roles, estimator, role, most).to("cpu")
+            return done if prompts[share] else None
 
-        whole = _joined(self.processes.each(work), len(prompts), self.processes).to(self.model.device)
+        whole = _joined(self.processes.each(work, linked), len(prompts), self.processes).to(self.model.device)
         if self.rewards is not None:
             self.rewards.last = whole.rewards
         return whole
@@ -107,12 +113,14 @@ class Sampler:
         roles: Sequence[str],
         estimator: str,
         role: str,
+        most: int = 0,
     ) -> Completed:
-        """`complete` without other processes."""
+        """`complete` of this process's prompts. most: of the processes that share a sharded model, the most any has."""
         started = time.perf_counter()
-        rollout, greedy, early = self.sample(prompts, params, streams, role)
+        with self._agreed():
+            rollout, greedy, early = self.sample(prompts, params, streams, role)
         seconds = time.perf_counter() - started - (early.seconds if early else 0.0)
-        self.score(rollout, greedy, prompts, roles, estimator, early)
+        self.score(rollout, greedy, prompts, roles, estimator, early, most)
         stats, rewards = self.generator.stats, {} if self.rewards is None else self.rewards.last
         return Completed(
             rollout, greedy, seconds, float(stats.tokens_per_second), float(stats.peak_kv_bytes), dict(rewards)
@@ -144,21 +152,30 @@ class Sampler:
         roles: Sequence[str],
         estimator: str = "kl",
         early: EarlyScores | None = None,
+        most: int = 0,
     ) -> None:
         """Runs models and rewards over the rollout; leaves raw scores in it and in the greedy one.
 
         roles: those that read the rollout, as far as the model has them. estimator: of the divergence, see `shaping`.
+        most: prompts; of the processes that share a sharded model, the most any has.
         """
         roles = tuple(role for role in roles if role in self.model.roles)
         if self.rewards is None:
             roles = (*roles, "reward")
             if greedy is not None:
-                read(self.model, greedy, ("reward",), self.config)
+                read(self.model, greedy, ("reward",), self.config, most=most)
         elif early is not None:
             _fill_scores([rollout] if greedy is None else [rollout, greedy], early, self.model.device)
         else:
-            self._call_rewards([rollout] if greedy is None else [rollout, greedy], prompts)
-        read(self.model, rollout, roles, self.config, EXACT.get(estimator) if "reference" in roles else None)
+            with self._agreed():
+                self._call_rewards([rollout] if greedy is None else [rollout, greedy], prompts)
+        divergence = EXACT.get(estimator) if "reference" in roles else None
+        read(self.model, rollout, roles, self.config, divergence, most * (len(rollout) // len(prompts)))
+
+    def _agreed(self) -> AbstractContextManager[None]:
+        """Nobody goes on from here to run a sharded model while another process has failed."""
+        sharding = self.model.sharding
+        return nullcontext() if sharding is None else self.processes.together(lambda: sharding.broken)
 
     def evaluate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Reward, KL and length on held-out prompts, sampled with the same draws every time; {} without any."""

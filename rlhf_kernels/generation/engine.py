@@ -160,16 +160,17 @@ class SlicedGenerator:
         self._take(arena)
         self.stats = GenerationStats(seconds=schedule.seconds, host_seconds=schedule.seconds)
         core = schedule.core
-        while core.unfinished:
-            start, model_before = time.perf_counter(), self._model_seconds
-            finished: list[int] = []
-            with torch.no_grad(), forward.prepared():
-                self._graphs.refresh(forward, arena)
-                while core.unfinished and len(finished) < every:
-                    finished += self._step(forward, arena, schedule)
-            rollouts = [schedule.rollout(number) for number in finished]
-            self._count(schedule, arena, time.perf_counter() - start, self._model_seconds - model_before)
-            yield from rollouts
+        with forward.rollout():
+            while core.unfinished:
+                start, model_before = time.perf_counter(), self._model_seconds
+                finished: list[int] = []
+                with torch.no_grad(), forward.prepared():
+                    self._graphs.refresh(forward, arena)
+                    while core.unfinished and len(finished) < every:
+                        finished += self._step(forward, arena, schedule)
+                rollouts = [schedule.rollout(number) for number in finished]
+                self._count(schedule, arena, time.perf_counter() - start, self._model_seconds - model_before)
+                yield from rollouts
 
     def _step(self, forward: Forward, arena: Arena, schedule: Schedule) -> list[int]:
         """One forward and one draw for all that take part; returns the numbers of the sequences that finished."""

@@ -5,7 +5,7 @@ and to eval mode while steps run, and is given back as it was.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,12 +14,20 @@ from torch import Tensor
 
 from rlhf_kernels.generation.lean import lean_modules
 from rlhf_kernels.integrations.transformers import ATTENTION, SlicedRows, check_decoder, packed_attention
+from rlhf_kernels.nn import sharding
 
 
 class Forward(Protocol):
     """One causal LM, ready to run packed steps."""
 
     lm: Any  # the transformers model, for its config, dtype and device
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the weights lie at one place, as a captured step needs them."""
+
+    def rollout(self) -> Any:
+        """A context around all of a run's steps, open while others may use the model between two of them."""
 
     def prepared(self) -> Any:
         """A context in which `logits` may be called."""
@@ -63,6 +71,13 @@ class HydraForward:
         self.lm = model.base_model(role)
         self._checked = False
 
+    @property
+    def fixed(self) -> bool:
+        return self.model.sharding is None
+
+    def rollout(self) -> AbstractContextManager[None]:
+        return sharding.rollout(self.model, self.role)
+
     @contextmanager
     def prepared(self) -> Iterator[None]:
         with eval_mode(self.model), lean_modules(self.lm).applied(self.lm, self.logits):
@@ -71,7 +86,8 @@ class HydraForward:
     def logits(self, input_ids: Tensor, position_ids: Tensor, packed: SlicedRows, rows: Tensor) -> Tensor:
         first = not self._checked and type(packed) is SlicedRows  # a probe's layers attend in several ways
         checked: Any = FirstStep(packed) if first else packed
-        out = self.model.decode(self.role, input_ids, position_ids, checked, rows)
+        with sharding.announced(self.model):
+            out = self.model.decode(self.role, input_ids, position_ids, checked, rows)
         self._checked |= first
         return out
 
@@ -87,6 +103,13 @@ class PlainForward:
         self.lm = model
         self._configs = _configs(model)
         self._checked = False
+
+    @property
+    def fixed(self) -> bool:
+        return True
+
+    def rollout(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @contextmanager
     def prepared(self) -> Iterator[None]:

@@ -41,7 +41,7 @@ class DecodeGraphs:
     def refresh(self, forward: Forward, arena: Arena) -> None:
         """To be called before steps run after anyone else may have touched the model or the arena."""
         key = None
-        if self.wanted(arena.device):
+        if self.wanted(arena.device) and forward.fixed:
             key = (id(forward), arena.keys[0].data_ptr(), arena.num_slices, *_state(forward))
         if key != self._key:
             self.clear()

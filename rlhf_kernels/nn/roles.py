@@ -1,6 +1,6 @@
 """Roles of a model (which base, which adapter, which head) and what a forward returns for each."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -67,20 +67,15 @@ class RoleOutput:
     reward: Tensor | None = None
 
 
-class HydraOutput(Mapping[str, RoleOutput]):
-    """out[role] for every role that ran; out.lengths int64 [B]: how many flat entries each sequence has."""
+class HydraOutput(dict[str, RoleOutput]):
+    """out[role] for every role that ran; out.lengths int64 [B]: how many flat entries each sequence has.
 
-    def __init__(self, roles: dict[str, RoleOutput], lengths: Tensor) -> None:
-        self._roles = roles
+    A dict, so that what looks for tensors in a module's output (FSDP's hooks) finds them.
+    """
+
+    def __init__(self, roles: Mapping[str, RoleOutput], lengths: Tensor) -> None:
+        super().__init__(roles)
         self.lengths = lengths
 
-    def __getitem__(self, role: str) -> RoleOutput:
-        if role not in self._roles:
-            raise KeyError(f"{role!r} did not run; roles of this output: {', '.join(self._roles)}")
-        return self._roles[role]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._roles)
-
-    def __len__(self) -> int:
-        return len(self._roles)
+    def __missing__(self, role: str) -> RoleOutput:
+        raise KeyError(f"{role!r} did not run; roles of this output: {', '.join(self)}")

@@ -141,6 +141,7 @@ def test_lines_of_a_comparison_are_the_runs_own(tmp_path):
     record(tmp_path / "b", 4, "sft", lambda step: {"loss": 1.0 / step})
     figures = draw({name: read_run(tmp_path / name) for name in ("a", "b")})
     assert [line.get_label() for line in figures["length"].axes[0].lines] == ["a"]
+    assert list(figures["length"].axes[0].lines[0].get_ydata()) == [31.0, 32.0, 33.0]  # three values are not smoothed
     assert "loss" not in figures  # one of them is a policy gradient
 
 

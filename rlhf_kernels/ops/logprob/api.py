@@ -89,7 +89,7 @@ def linear_logprob(
     """
     names = check_arguments(
         hidden, weight, target, bias, temperature, softcap, logit_scale, ref_hidden, ref_weight, divergence, entropy,
-        grad_fields, save, valid_rows,
+        grad_fields, save, valid_rows, tp_group is not None,
     )  # fmt: skip
     carried = names if grad_fields is None else tuple(name for name in names if name in grad_fields)
     if lora is not None:

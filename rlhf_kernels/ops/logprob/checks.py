@@ -26,6 +26,7 @@ def check_arguments(
     grad_fields: Collection[str] | None,
     save: str,
     valid_rows: int | None,
+    sharded: bool = False,
 ) -> tuple[str, ...]:
     """Checks everything but values of tensors; returns the names of the fields asked for."""
     _check_tensors({"hidden": hidden, "weight": weight, "target": target})
@@ -37,7 +38,9 @@ def check_arguments(
     check_target(target, hidden.shape[:-1], hidden.device, "hidden's leading dimensions")
     width = hidden.shape[-1]
     _check_matrix("weight", weight, hidden, (None, width))
-    if weight.shape[0] == 0:
+    if sharded and hidden.dtype == torch.float64:
+        raise TypeError("hidden is float64; with tp_group it must be float32, bfloat16 or float16")
+    if weight.shape[0] == 0 and not sharded:  # a shard's size is checked where all of them are known
         raise ValueError("weight has no rows; the vocabulary must hold at least one token")
     if bias is not None:
         _check_matrix("bias", bias, hidden, (weight.shape[0],))

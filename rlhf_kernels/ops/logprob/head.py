@@ -78,6 +78,10 @@ class Shard:
         sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
         dist.all_gather(sizes, torch.tensor([columns], dtype=torch.int64, device=device), group=group)
         before = [int(s) for s in sizes]
+        if 0 in before:  # said on every rank, so that none waits for another
+            raise ValueError(
+                f"weight has no rows on rank {before.index(0)} of tp_group; every rank must hold at least one token"
+            )
         return Shard(group, sum(before[: dist.get_rank(group)])), sum(before)
 
     def sum(self, x: Tensor) -> Tensor:
