@@ -202,7 +202,7 @@ def _strike(blow: Blow, folder: Path, seconds: float, draw: random.Random) -> Bl
         blow.differences = ["--resume failed: " + place.with_suffix(".log").read_text().splitlines()[-1]]
     else:
         blow.differences = list(differences(place.with_name("whole"), place))
-    if blow.number != signal.SIGKILL and blow.code != 128 + blow.number:
+    if blow.number != signal.SIGKILL and blow.code not in (128 + blow.number, -blow.number):  # both 143 to a shell
         blow.differences.append(f"exit code {blow.code}")
     return blow
 
