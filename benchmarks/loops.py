@@ -128,7 +128,7 @@ def actor(device: str) -> Case:
         return {LOGITS: contestant(SDPA, _theirs), OURS: contestant("rlhf_kernels_sliced", _ours)}
 
     return Case(
-        "OpenRLHF's actor step: action log-probs, forward + backward, 8 x 144 tokens, half padding", build, LOGITS
+        "OpenRLHF's actor step: action log-probs, forward + backward, 8 x 144 tokens, 44 % padding", build, LOGITS
     )
 
 
@@ -148,7 +148,7 @@ def attention(device: str) -> Case:
 
         return {SDPA: contestant(SDPA), EAGER: contestant(EAGER), OURS: contestant("rlhf_kernels_sliced")}
 
-    return Case("transformers' decoder, forward + backward, 16 x 144 tokens, half padding", build, SDPA)
+    return Case("transformers' decoder, forward + backward, 16 x 144 tokens, 44 % padding", build, SDPA)
 
 
 def generate(device: str) -> Case:
@@ -211,7 +211,7 @@ def supervised(device: str) -> Case:
 
         return {"transformers and PEFT": theirs, OURS: ours}
 
-    name = "transformers.Trainer's step: supervised, adapters of rank 16, 8 x 144 tokens, half padding"
+    name = "transformers.Trainer's step: supervised, adapters of rank 16, 8 x 144 tokens, 44 % padding"
     return Case(name, build, "transformers and PEFT")
 
 

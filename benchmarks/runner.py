@@ -113,7 +113,7 @@ def _failed(name: str, error: RuntimeError) -> str:
     return f"fails: {(str(error).splitlines() or [''])[0][:60]}"
 
 
-def _warmed_up(prepare: Prepare, device: str, clock: Callable[[], float] = time.perf_counter) -> tuple[Run, int]:
+def _warmed_up(prepare: Prepare, device: str, clock: Callable[[], float] | None = None) -> tuple[Run, int]:
     """A contestant's run, and how often to repeat it in a round."""
     run = prepare()
     warm = min(_seconds(run, device, 1, clock) for _ in range(WARM_UPS[device]))
@@ -130,7 +130,7 @@ def within_budget(case: Case, taken: list[float], repeats: int) -> bool:
     return repeats * (sum(taken) + statistics.mean(taken)) <= case.budget_s
 
 
-def _seconds(run: Run, device: str, repeats: int = 1, clock: Callable[[], float] = time.perf_counter) -> float:
+def _seconds(run: Run, device: str, repeats: int = 1, clock: Callable[[], float] | None = None) -> float:
     """Mean time of a run; the last result is dropped after the clock stopped."""
     if device == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -142,6 +142,7 @@ def _seconds(run: Run, device: str, repeats: int = 1, clock: Callable[[], float]
         torch.cuda.synchronize()
         taken = begin.elapsed_time(end) / 1e3
     else:
+        clock = clock or time.perf_counter
         start = clock()
         for _ in range(repeats):
             kept = run()
