@@ -50,6 +50,15 @@ def test_a_failing_reward_ends_a_launched_run_with_one_line_and_a_checkpoint(tmp
 
 
 @pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_run_which_can_be_resumed(tmp_path):
+    config = settings(tmp_path, "out", reward=["worker:dies"], save_steps=1)
+    assert launch(TORCHRUN, config).returncode != 0
+    assert checkpoint.steps(tmp_path / "out") == [1]
+    train(settings(tmp_path, "out", reward=["worker:dies"], save_steps=1, resume=True))
+    assert [row["step"] for row in read_lines(tmp_path / "out" / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [ACCELERATE, TORCHRUN], ids=["accelerate", "torchrun"])
 def test_a_launched_run_says_what_a_run_says_and_trains_as_it(tmp_path, launcher):
     done = launch(launcher, settings(tmp_path, "two"))

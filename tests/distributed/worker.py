@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from rlhf_trainer.errors import UserError
 from rlhf_trainer.processes import join
 
 FAILING = 1  # the process on which `fails` fails
+calls = []  # of `dies`
 
 
 def length(prompts, completions, **_):
@@ -29,6 +31,14 @@ def fails(prompts, completions, **_):
     """A reward that one process cannot compute."""
     if os.environ.get("RANK") == str(FAILING):
         raise RuntimeError("no luck here")
+    return length(prompts, completions)
+
+
+def dies(prompts, completions, **_):
+    """A reward in whose second call one process is killed."""
+    calls.append(len(prompts))
+    if os.environ.get("RANK") == str(FAILING) and len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
     return length(prompts, completions)
 
 
