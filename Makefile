@@ -3,9 +3,12 @@ PYTHON ?= python3
 GPU_PYTHON ?= python3
 BIN := .venv/bin
 ALGO ?= hydra-ppo
+CUDA_TORCH := .venv/.cuda
+CUDA_TORCH_VERSION ?= 2.11.0
+WHEEL := wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w dist dist/*.tar.gz
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all gpu lint format build wheel kernels clean bench
+.PHONY: demo test test-all gpu lint format build wheel cuda-torch kernels clean bench
 
 demo: build
 	$(BIN)/rlhf-train demo --algorithm $(ALGO)
@@ -41,10 +44,29 @@ bench: .venv/.bench .venv/.trl
 	$(BIN)/python -m benchmarks lora --memory --json benchmarks/results/cpu/lora.json
 	$(BIN)/python -m benchmarks generation --json benchmarks/results/cpu/generation.json
 	$(BIN)/python -m benchmarks rl --json benchmarks/results/cpu/rl.json
+	$(BIN)/python -m benchmarks trl --json benchmarks/results/cpu/trl.json
 	$(BIN)/python -m benchmarks table benchmarks/results/*/*.json --write
 
+# into dist/: the source distribution, the CPU wheel made from it, and one with CUDA code (sm_80, sm_90a) where there are
+# nvcc and a Python whose torch is a CUDA build: GPU_PYTHON, .venv, or what `make cuda-torch` has made
 wheel: .venv/.tools
-	$(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist .
+	rm -rf dist
+	RLHF_KERNELS_CUDA=0 $(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" >dist.log 2>&1 \
+	  || { cat dist.log; exit 1; }
+	rm dist.log
+	RLHF_KERNELS_CUDA=0 $(BIN)/python -m pip $(WHEEL)
+	@for python in $(GPU_PYTHON) $(BIN)/python $(CUDA_TORCH)/bin/python; do \
+	  $$python -c "import sys, torch; sys.exit(torch.version.cuda is None)" 2>/dev/null || continue; \
+	  command -v nvcc >/dev/null || { echo "no wheel with CUDA code: there is no nvcc"; exit 0; }; \
+	  echo "with CUDA code, by $$python"; RLHF_KERNELS_CUDA=1 $$python -m pip $(WHEEL); exit; \
+	done; echo "no wheel with CUDA code: no CUDA build of torch; GPU_PYTHON=... names a Python that has one"
+
+# a CUDA build of torch for a machine without a GPU, on which it links (530 MB; nothing of NVIDIA's but the runtime)
+cuda-torch: $(CUDA_TORCH)/.made
+
+$(CUDA_TORCH)/.made: .venv/.tools tests/cuda_torch.py
+	$(BIN)/python tests/cuda_torch.py $(CUDA_TORCH) $(CUDA_TORCH_VERSION)
+	touch $@
 
 build: .venv/.built
 

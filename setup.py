@@ -1,7 +1,7 @@
 """Builds the two compiled parts: the ops (PyTorch stable ABI) and the engine core (pybind11, no torch in it).
 
 The CUDA sources are added when nvcc and a CUDA build of torch are at hand. RLHF_KERNELS_CUDA=0 leaves them out;
-with RLHF_KERNELS_CUDA=1 it is an error if they cannot be built.
+with RLHF_KERNELS_CUDA=1 it is an error if they cannot be built. A build that has them says so in its version: +cu130.
 """
 
 import os
@@ -41,6 +41,13 @@ def cuda_missing() -> str | None:
     return missing
 
 
+def version() -> str:
+    """That of the package; with the CUDA kernels also which CUDA, since both wheels may lie in one folder."""
+    text = (ROOT / "rlhf_kernels" / "__init__.py").read_text()
+    number = re.search(r'^__version__ = "(.+)"$', text, flags=re.MULTILINE)[1]
+    return number if cuda_missing() else f"{number}+cu{torch.version.cuda.replace('.', '')}"
+
+
 def find_toolkit() -> None:
     """Sets CUDA_HOME to the toolkit that nvcc uses: torch looks beside nvcc, which may be a link or a wrapper."""
     if NVCC is not None and "CUDA_HOME" not in os.environ:
@@ -52,6 +59,7 @@ def find_toolkit() -> None:
 def ops_extension() -> Extension:
     host_flags = [
         "-O3",
+        "-g0",  # Python's own flags ask for debug information, 20 MB of it
         "-std=c++20",
         "-fopenmp-simd",
         "-fno-trapping-math",  # lets selects become vector blends
@@ -95,7 +103,7 @@ def engine_extension() -> Extension:
         "rlhf_kernels._engine",
         sources("engine", "*.cpp"),
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
-        extra_compile_args=["-O3", "-std=c++20", "-Wall", "-fvisibility=hidden"],
+        extra_compile_args=["-O3", "-g0", "-std=c++20", "-Wall", "-fvisibility=hidden"],
         language="c++",
     )
 
@@ -108,11 +116,12 @@ if sources("engine", "*.cpp"):
     extensions.append(engine_extension())
 
 setup(
+    version=version(),
     packages=[
         *find_packages(".", include=["rlhf_kernels", "rlhf_kernels.*"]),
         *("rlhf_trainer" + p for p in ["", *("." + q for q in find_packages("python/rlhf_trainer"))]),
     ],
-    package_data={"rlhf_trainer": ["demo/assets/*", "configs/*.yaml"]},
+    package_data={"rlhf_kernels": ["py.typed"], "rlhf_trainer": ["py.typed", "configs/*", "demo/assets/*"]},
     ext_modules=extensions,
     cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
     zip_safe=False,

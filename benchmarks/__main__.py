@@ -1,10 +1,11 @@
 """Times the ops beside their peers, reports their errors, and renders the results.
 
 python -m benchmarks lora --memory --json FILE     times, peak memory and targets (also: attention, gae, generation,
-                                                   head, rl, sampling)
+                                                   head, loops, rl, sampling, trl)
 python -m benchmarks memory --write                the memory plan beside what the trainer takes
 python -m benchmarks numerics --write              errors against float64, into docs/kernels.md
 python -m benchmarks claims --write                the papers' claims, measured, into docs/reproduction.md
+python -m benchmarks kills --write                 twenty kills, twenty resumed runs, into docs/checkpoints.md
 python -m benchmarks processes --write             1, 2 and 4 processes beside each other, into docs/distributed.md
 python -m benchmarks table FILES --write           tables of result files, into benchmarks/README.md
 """
@@ -25,7 +26,14 @@ def main() -> None:
         os.environ["RLHF_KERNELS_CPU_ISA"] = args.isa  # before torch and its libraries look
         if args.isa in LIBRARY_ISA:
             os.environ["ONEDNN_MAX_CPU_ISA"] = LIBRARY_ISA[args.isa]
-    parts = {"claims": _claims, "memory": _memory, "numerics": _numerics, "processes": _processes, "table": _table}
+    parts = {
+        "claims": _claims,
+        "kills": _kills,
+        "memory": _memory,
+        "numerics": _numerics,
+        "processes": _processes,
+        "table": _table,
+    }
     parts.get(args.name, _benchmark)(args)
 
 
@@ -34,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(dest="name", required=True)
-    for name in ("attention", "gae", "generation", "head", "lora", "rl", "sampling"):
+    for name in ("attention", "gae", "generation", "head", "loops", "lora", "rl", "sampling", "trl"):
         command = commands.add_parser(name)
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         command.add_argument("--rounds", type=int, help="timed runs of each contestant (5; on a GPU 20)")
@@ -62,6 +70,10 @@ def parser() -> argparse.ArgumentParser:
     claims.add_argument("--only", metavar="PART", nargs="+", default=(), help="memory, exact, latency, remax, ...")
     claims.add_argument("--write", action="store_true", help="keep the records and write docs/reproduction.md")
     claims.add_argument("--again", action="store_true", help="measure nothing: tables of the records that are there")
+    kills = commands.add_parser("kills", help="runs killed at random moments and resumed, beside undisturbed ones")
+    kills.add_argument("--kills", type=int, default=20, metavar="N", help="with signal 9; four other signals follow")
+    kills.add_argument("--seed", type=int, default=0, help="of the moments")
+    kills.add_argument("--write", action="store_true", help="write the table into docs/checkpoints.md")
     processes = commands.add_parser("processes", help="the same training on 1, 2 and 4 processes")
     processes.add_argument("--write", action="store_true", help="write the tables into docs/distributed.md")
     table = commands.add_parser("table", help="tables of result files")
@@ -105,6 +117,13 @@ def _claims(args: argparse.Namespace) -> None:
     claims.run(args.scale, args.only, args.write, args.again)
 
 
+def _kills(args: argparse.Namespace) -> None:
+    from benchmarks import kills
+
+    if not kills.run(args.kills, args.seed, args.write):
+        sys.exit("a resumed run is not the undisturbed one")
+
+
 def _memory(args: argparse.Namespace) -> None:
     from benchmarks import memory_plan, tables
 
@@ -143,4 +162,5 @@ def _table(args: argparse.Namespace) -> None:
         tables.write_between(ROOT / "benchmarks/README.md", "tables", text)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ Inputs are made when the case is built, once for all its contestants; a contesta
 only when it is to run, so that a fresh process that measures one contestant's memory loads no other's library.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -81,7 +82,8 @@ class Case:
     `tokens`: how many tokens a contestant's run is worth. Contestants may then do different amounts of the work, and
     speeds and targets in time compare times a token. `warmed`: contestants warm up as they are prepared, since a whole
     run of the slow ones would take as long as the measurement. `measured()` gives, after the clock, what contestants in
-    processes of their own found there.
+    processes of their own found there. `clock`: in seconds, on a CPU; time.process_time is right on a machine that
+    others use, for contestants that all run on one thread.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Case:
     tokens: Mapping[str, int] = field(default_factory=dict)
     warmed: bool = False
     measured: Callable[[], Mapping[str, Measure]] | None = None
+    clock: Callable[[], float] = time.perf_counter
 
 
 def ready(run: Run) -> Prepare:

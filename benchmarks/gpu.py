@@ -162,7 +162,7 @@ def main() -> int:
 
     out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results" / name).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    names = [name for name in BENCHMARKS if name != "rl"]  # whole trainers: on the CPU
+    names = [name for name in BENCHMARKS if name not in ("rl", "trl")]  # whole trainers: on the CPU
     outcomes = run_all(stages(out, names), out)
     (out / "stages.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
     print(f"\n{summary(outcomes)}\nlogs and results: {out}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from benchmarks import attention, gae, generation, head, lora, rl, sampling
+from benchmarks import attention, gae, generation, head, loops, lora, rl, sampling, trl
 from benchmarks.case import Case
 
 BENCHMARKS: dict[str, Callable[[str], Iterable[Case]]] = {
@@ -10,7 +10,9 @@ BENCHMARKS: dict[str, Callable[[str], Iterable[Case]]] = {
     "gae": gae.cases,
     "generation": generation.cases,
     "head": head.cases,
+    "loops": loops.cases,
     "lora": lora.cases,
     "rl": rl.cases,
     "sampling": sampling.cases,
+    "trl": trl.cases,
 }

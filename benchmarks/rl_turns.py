@@ -24,12 +24,14 @@ MISSING = 3  # exit status of a trainer whose library is not there
 
 @dataclass(frozen=True)
 class Turn:
-    """What a step gave: the mean reward of its completions, processor seconds, and the process's peak so far in bytes
-    above what it held with its libraries imported and no model loaded."""
+    """What a step gave: the mean reward of its completions (or its loss), processor seconds, and the process's peak so
+    far in bytes above what it held with its libraries imported and no model loaded. Of the seconds, those that sampling
+    took, where it was noted."""
 
     reward: float
     cpu_s: float
     peak_bytes: int
+    sampling_s: float = 0.0
 
 
 class Turns:
@@ -50,8 +52,8 @@ class Turns:
             os._exit(0)
         self.started = time.process_time()
 
-    def done(self, reward: float) -> None:
-        turn = Turn(reward, time.process_time() - self.started, _peak_bytes() - self.before)
+    def done(self, reward: float, sampling_s: float = 0.0) -> None:
+        turn = Turn(reward, time.process_time() - self.started, _peak_bytes() - self.before, sampling_s)
         self._say({"turn": asdict(turn)})
 
     def _say(self, words: dict[str, object]) -> None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from subprocess import TimeoutExpired
 
 import torch
 
@@ -74,7 +75,7 @@ def time_case(case: Case, rounds: int, device: str = "cpu", who: Collection[str]
     repeats: dict[str, int] = {}
     for name, prepare in contestants.items():
         try:
-            runs[name], repeats[name] = (prepare(), 1) if case.warmed else _warmed_up(prepare, device)
+            runs[name], repeats[name] = (prepare(), 1) if case.warmed else _warmed_up(prepare, device, case.clock)
         except Unavailable as why:
             found[name].unavailable = str(why)
         except RuntimeError as error:
@@ -89,7 +90,7 @@ def time_case(case: Case, rounds: int, device: str = "cpu", who: Collection[str]
         for name, run in order[first:] + order[:first]:
             if not found[name].unavailable and within_budget(case, seconds[name], repeats[name]):
                 try:
-                    seconds[name].append(_seconds(run, device, repeats[name]))
+                    seconds[name].append(_seconds(run, device, repeats[name], case.clock))
                 except RuntimeError as error:
                     found[name].unavailable = _failed(name, error)
     gc.unfreeze()
@@ -112,12 +113,13 @@ def _failed(name: str, error: RuntimeError) -> str:
     return f"fails: {(str(error).splitlines() or [''])[0][:60]}"
 
 
-def _warmed_up(prepare: Prepare, device: str) -> tuple[Run, int]:
+def _warmed_up(prepare: Prepare, device: str, clock: Callable[[], float] = time.perf_counter) -> tuple[Run, int]:
     """A contestant's run, and how often to repeat it in a round."""
     run = prepare()
-    warm = min(_seconds(run, device) for _ in range(WARM_UPS[device]))
+    warm = min(_seconds(run, device, 1, clock) for _ in range(WARM_UPS[device]))
     if warm < SHORT_S:
-        warm = _seconds(run, device)  # the first run of a short piece of work is mostly its libraries waking up
+        # the first run of a short piece of work is mostly its libraries waking up
+        warm = _seconds(run, device, 1, clock)
     return run, min(MOST_REPEATS, math.ceil(SHORT_S / warm))
 
 
@@ -128,7 +130,7 @@ def within_budget(case: Case, taken: list[float], repeats: int) -> bool:
     return repeats * (sum(taken) + statistics.mean(taken)) <= case.budget_s
 
 
-def _seconds(run: Run, device: str, repeats: int = 1) -> float:
+def _seconds(run: Run, device: str, repeats: int = 1, clock: Callable[[], float] = time.perf_counter) -> float:
     """Mean time of a run; the last result is dropped after the clock stopped."""
     if device == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -140,10 +142,10 @@ def _seconds(run: Run, device: str, repeats: int = 1) -> float:
         torch.cuda.synchronize()
         taken = begin.elapsed_time(end) / 1e3
     else:
-        start = time.perf_counter()
+        start = clock()
         for _ in range(repeats):
             kept = run()
-        taken = time.perf_counter() - start
+        taken = clock() - start
     del kept
     return taken / repeats
 
@@ -155,7 +157,7 @@ def _measure_memory(result: Result, cases: list[Case]) -> None:
     def measure(timing: Timing) -> None:
         try:
             timing.peak_bytes = peak_in_fresh_process(result.benchmark, result.device, timing.case, timing.contestant)
-        except (RuntimeError, OSError, ValueError) as error:  # the times stay good: say it and go on
+        except (RuntimeError, OSError, ValueError, TimeoutExpired) as error:  # the times stay good: say it and go on
             print(f"warning: {error}", file=sys.stderr)
 
     with ThreadPoolExecutor(MEMORY_PROCESSES[result.device]) as pool:

@@ -53,7 +53,7 @@ def compiled(source: Path) -> tuple[str, str]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"{source.name} does not compile:\n{done.stderr}")
-        code = subprocess.run([_cuobjdump(), "-sass", str(made)], capture_output=True, text=True, check=True)
+        code = subprocess.run([cuobjdump(), "-sass", str(made)], capture_output=True, text=True, check=True)
         return done.stderr, code.stdout
 
 
@@ -106,7 +106,8 @@ def _torch_headers() -> Path:
     return Path(torch.__file__).parent / "include"
 
 
-def _cuobjdump() -> str:
+def cuobjdump() -> str:
+    """The program that reads CUDA code out of a library: Triton's wheel has one, and the toolkit here does not."""
     import triton
 
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")

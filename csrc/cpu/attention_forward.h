@@ -311,7 +311,8 @@ LEAF void forward_job(const ForwardJob<T>& job, const ForwardJob<T>* next, float
         float* state = rows.state(r);
         if (job.states) {
           const int64_t chunk = at.first / CHUNK - phase.begin / CHUNK;
-          __builtin_memcpy(job.states + (chunk * count + r) * rows.width, state, size_t(rows.width) * sizeof(float));
+          __builtin_memcpy(job.states + (chunk * count + r) * rows.width, state,
+                           std::size_t(rows.width) * sizeof(float));
         } else {
           join(rows.totals + r * rows.width, state, rows.dv);
         }

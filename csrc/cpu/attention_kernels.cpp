@@ -2,8 +2,9 @@
 // vectors of 16 floats are split for the default target before a clone is made.
 #include "attention.h"
 #include "bf16_tile.h"
+#include "isa.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef X86_KERNELS
 #include <immintrin.h>
 #endif
 
@@ -30,7 +31,7 @@ BACKWARD(float)
 BACKWARD(bf16_bits)
 }  // namespace portable
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef X86_KERNELS
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace avx2 {

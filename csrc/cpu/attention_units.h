@@ -59,7 +59,7 @@ struct Pairs {
   LEAF f16 scaled(f16 score, float scale) { return score * scale; }
   LEAF void take_query(const bf16_bits* q, int64_t d, float, float* words) {
     words[(d - 1) / 2] = 0.0f;
-    __builtin_memcpy(words, q, size_t(d) * sizeof(bf16_bits));
+    __builtin_memcpy(words, q, std::size_t(d) * sizeof(bf16_bits));
   }
 
   LEAF f16 read_some(const bf16_bits* from, int64_t elements) {

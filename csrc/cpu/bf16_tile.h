@@ -4,8 +4,10 @@
 #pragma once
 #include <cstdint>
 
+#include "isa.h"
+
 // Compilers that know the instructions and take `#pragma GCC target`, which clang does not.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+#if defined(X86_KERNELS) && __GNUC__ >= 11
 #define BF16_TILES
 #endif
 

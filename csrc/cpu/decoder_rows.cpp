@@ -12,6 +12,8 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "isa.h"
+
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -47,7 +49,7 @@ namespace portable {
 KERNELS
 }  // namespace portable
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef X86_KERNELS
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace avx2 {

@@ -1,6 +1,8 @@
 // Leaf functions of sampling: what is done with one block of a row's logits. Include after switching off contraction.
 #pragma once
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include "isa.h"
+
+#ifdef X86_KERNELS
 #define CHOOSES_BY_COMPRESSING
 #include <immintrin.h>
 #endif

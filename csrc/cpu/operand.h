@@ -7,7 +7,9 @@
 #include <type_traits>
 
 #include "bf16_tile.h"
+#ifdef BF16_TILES
 #include "head_lanes.h"
+#endif
 
 namespace operand {
 
@@ -30,6 +32,7 @@ struct Matrix {
 
 }  // namespace operand
 
+#ifdef BF16_TILES
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 
@@ -275,3 +278,4 @@ inline void right(Type unit, const Matrix& m, int64_t first, int64_t count, uint
 }  // namespace operand
 
 #pragma GCC pop_options
+#endif

@@ -12,11 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
+from .defaults import KV_MEMORY, MICRO_BATCH, REWARD_MODEL
 from .errors import UserError, one_line
 from .names import ALGORITHMS, ONLINE
 from .options import build_parser, check_ranges, option, typed
 
-REWARD_MODEL = ("ppo", "lora-ppo", "ppo-max", "pe-rlhf", "remax")  # with a checkpoint of its own for the reward
 KL_ESTIMATORS = (
     "kl",
     "clamped_kl",
@@ -29,8 +29,6 @@ KL_ESTIMATORS = (
 )
 ROLLOUTS = ("whole", "steps")
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
-
-MICRO_BATCH, KV_MEMORY = 16, "512MiB"  # where neither the user nor a memory_budget says
 
 GROUPS = {  # a section's first field: its title in --help
     "algorithm": "what is trained, on what, and what says it is good",
@@ -261,7 +259,7 @@ def _check_held_out(config: TrainConfig) -> None:
         return
     if config.reward and config.algorithm == "reward":
         raise UserError("reward: the algorithm of that name generates nothing that could be scored")
-    if config.reward and config.eval_prompts is None and config.model != "demo":
+    if config.reward and config.eval_prompts is None and (config.model != "demo" or config.prompts is not None):
         raise UserError(f"reward: {config.algorithm} scores completions of eval_prompts alone; give some")
     if config.eval_prompts and not config.reward:
         raise UserError(f"eval_prompts: {config.algorithm} completes them only to score them; give a reward")

@@ -22,6 +22,8 @@ from rlhf_trainer.budget import fitted
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.data import load_demonstrations, load_preferences, load_prompts
 from rlhf_trainer.errors import UserError, one_line
+from rlhf_trainer.identity import check_checkpoint
+from rlhf_trainer.lock import DirectoryLock
 from rlhf_trainer.metrics import MetricsLog
 from rlhf_trainer.models import Policy, build, load_tokenizer
 from rlhf_trainer.offline import Offline
@@ -30,6 +32,7 @@ from rlhf_trainer.optim import Optimizer
 from rlhf_trainer.processes import ALONE, Processes, join
 from rlhf_trainer.rewards import RewardError, RewardSum, build_rewards
 from rlhf_trainer.sampler import Sampler
+from rlhf_trainer.signals import Interrupted, Stop, Terminated
 
 # What may change between a run and its resumption; any other difference would make the loss curves differ (so does
 # another total_steps under a schedule that ends with the run, but a run is lengthened on purpose).
@@ -69,19 +72,31 @@ def train(config: TrainConfig) -> TrainResult:
     """Runs `config.algorithm` from start (or, with `resume`, from the newest checkpoint) to `total_steps`.
 
     With several processes (`rlhf_trainer.processes`) each runs this; all return the same, one of them writes.
-    Raises UserError, before anything is written, for input that cannot work; RewardError, after saving a checkpoint,
-    when a reward fails.
+    Raises UserError, before anything is written, for input that cannot work. After saving a checkpoint: RewardError,
+    when a reward fails; Interrupted and Terminated (a KeyboardInterrupt, a SystemExit) on SIGINT and SIGTERM.
     """
-    config = _as_before(with_defaults(config.validate()))
-    row = find(config.algorithm)
-    output_dir = Path(config.output_dir)
-    _check_output(output_dir, config)
+    config = with_defaults(config.validate())
     _check_device(config.device)
-    processes, asked = join(config.device), config.device
+    processes = join(config.device)
+    with DirectoryLock(Path(config.output_dir), processes.main) as lock:
+        return _train(config, processes, lock)
+
+
+def _train(config: TrainConfig, processes: Processes, lock: DirectoryLock) -> TrainResult:
+    output_dir, row, asked = Path(config.output_dir), find(config.algorithm), config.device
+    with processes.together():
+        lock.take(make=False)
+    config = _as_before(config)
+    _check_output(output_dir, config)
     torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config)
     phase, policy = build_phase(replace(config, device=processes.device), row, tokenizer, processes)
     config = phase.config
+    with _writing(output_dir, processes):
+        if lock.take():  # what a run left that has come and gone meanwhile is looked at under the lock
+            _check_output(output_dir, config)
+        if processes.main:
+            checkpoint.clear(output_dir)
     found = checkpoint.load(output_dir) if config.resume else None
     start = 0
     if found is not None:
@@ -90,22 +105,25 @@ def train(config: TrainConfig) -> TrainResult:
     processes.copy_from_main(policy.kept.values())
     with _writing(output_dir, processes):
         log = MetricsLog(output_dir, replace(config, device=asked), start or None, main_process=processes.main)
-    if phase.sampler is not None:
-        phase.sampler.progress = log.completed
     history: list[dict[str, float]] = []
     try:
-        if start == 0:
-            _evaluate_untrained(phase, policy, config, log)
-        for step in range(start, config.total_steps):
-            history.append(_step(phase, policy, step, config, log))
+        with Stop() as stop:
+            if phase.sampler is not None:
+                phase.sampler.progress = stop.watching(log.completed)
+            if start == 0:
+                _evaluate_untrained(phase, policy, config, log)
+            for step in range(start, config.total_steps):
+                _leave_if_asked(stop, step, phase, policy)
+                history.append(_step(phase, policy, step, config, log, stop))
+            _leave_if_asked(stop, max(start, config.total_steps), phase, policy)
     finally:
         log.close()
     with _writing(output_dir, processes):
         policy.export(output_dir, tokenizer, processes.main)
-    if config.report and processes.main:
-        from rlhf_trainer.report import write_report
+        if config.report and processes.main:
+            from rlhf_trainer.report import write_report
 
-        write_report(output_dir)
+            write_report(output_dir)
     return TrainResult(output_dir, max(start, config.total_steps), history[-1] if history else {}, history)
 
 
@@ -123,13 +141,26 @@ def _evaluate_untrained(phase: Online | Offline, policy: Policy, config: TrainCo
             log.log(0, metrics)
 
 
-def _step(phase: Online | Offline, policy: Policy, step: int, config: TrainConfig, log: MetricsLog) -> dict[str, float]:
+def _leave_if_asked(stop: Stop, step: int, phase: Online | Offline, policy: Policy) -> None:
+    """Once a signal came, to any process: saves what `step` steps made of the run, and raises."""
+    stop.agree(phase.processes)
+    if stop.asked is not None:
+        output_dir = Path(phase.config.output_dir)
+        _save(output_dir, step, phase, policy)
+        stop.leave_if_asked(f"checkpoint-{step} is saved in {str(output_dir)!r}; --resume goes on from it")
+
+
+def _step(
+    phase: Online | Offline, policy: Policy, step: int, config: TrainConfig, log: MetricsLog, stop: Stop
+) -> dict[str, float]:
     """Step number `step` (from 0), with its evaluation, its line in the log and its checkpoint."""
     output_dir, done = Path(config.output_dir), step + 1
     last = done == config.total_steps
     try:
-        metrics = phase.step(step)
-    except RewardError:
+        with stop.rollout(phase.processes):
+            metrics = phase.step(step)
+    except (RewardError, Interrupted, Terminated):  # nothing was updated yet
+        _leave_if_asked(stop, step, phase, policy)  # a terminal's Ctrl-C also makes a reward's own processes fail
         _save(output_dir, step, phase, policy)
         raise
     evaluating = last or (config.eval_steps > 0 and done % config.eval_steps == 0)
@@ -224,6 +255,8 @@ def _check_output(output_dir: Path, config: TrainConfig) -> None:
     above = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f"output_dir: {str(output_dir)!r} cannot be made: {str(above)!r} is no directory to write in")
+    if config.resume:
+        checkpoint.check(output_dir)
     saved = checkpoint.newest_state(output_dir) if config.resume else None
     before = {} if saved is None else saved["config"]
     for name, value in asdict(config).items():
@@ -243,6 +276,7 @@ def _save(output_dir: Path, step: int, phase: Online | Offline, policy: Policy) 
     optimizer = phase.optimizer.state_tensors()
     if policy.model.sharding is not None:
         model, optimizer = (gathered(part, phase.processes.main) for part in (model, optimizer))
+    state["frozen"] = policy.frozen
     found = checkpoint.Checkpoint(step, model, optimizer, state)
     with _writing(output_dir, phase.processes):
         if phase.processes.main:
@@ -264,7 +298,8 @@ def _writing(output_dir: Path, processes: Processes) -> Iterator[None]:
 
 
 def _restore(found: checkpoint.Checkpoint, phase: Online | Offline, policy: Policy) -> None:
-    """Puts the checkpoint's state back."""
+    """Puts the checkpoint's state back; UserError, nothing changed, when it is another model's."""
+    check_checkpoint(found, policy, phase.optimizer)
     with torch.no_grad():
         for name, parameter in policy.kept.items():
             fill(parameter, found.model[name])

@@ -138,10 +138,11 @@ def load_demonstrations(config: TrainConfig, tokenizer: Any, which: str = "promp
 
 
 def _source(config: TrainConfig, which: str, demo_set: str) -> str | None:
+    """The set that `which` names; the demo's own where the model is the demo's and no other prompts are given."""
     named: str | None = getattr(config, which)
     if named is not None:
         return named
-    if config.model == "demo":
+    if config.model == "demo" and config.prompts is None:
         from .demo import data_path
 
         return str(data_path(demo_set))

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, BinaryIO, Protocol, TextIO
 
 from .config import TrainConfig
 from .errors import UserError
@@ -48,12 +48,13 @@ class MetricsLog:
             return
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        config.to_yaml(folder / "config.yaml")
+        _replace(folder / "config.yaml", config.to_yaml())
         self._trackers = _open_trackers(config, folder)
         for name in (METRICS, SAMPLES):
             cut_after(folder / name, -1 if resume_step is None else resume_step)
-        self._metrics = (folder / METRICS).open("a", encoding="utf-8")
-        self._samples = (folder / SAMPLES).open("a", encoding="utf-8")
+        # unbuffered: what a full disk refused is not tried again on closing
+        self._metrics: BinaryIO = (folder / METRICS).open("ab", buffering=0)  # type: ignore[assignment]
+        self._samples: BinaryIO = (folder / SAMPLES).open("ab", buffering=0)  # type: ignore[assignment]
         self._progress = make_progress(config.algorithm, config.total_steps, resume_step or 0)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -117,18 +118,27 @@ def cut_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read_lines(path) if row.get("step", 0) <= step]
+    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+
+
+def _replace(path: Path, text: str) -> None:
+    """The file holds `text`, or, if writing that fails, what it held before."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for row in kept:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def _append(file: TextIO, row: Mapping[str, Any]) -> None:
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    file.flush()
+def _append(file: BinaryIO, row: Mapping[str, Any]) -> None:
+    line = memoryview((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    while line:  # a disk that fills up takes a part, and refuses the rest
+        line = line[file.write(line) :]
 
 
 def _finite(value: float) -> float | None:

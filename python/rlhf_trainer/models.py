@@ -13,7 +13,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rlhf_kernels.integrations.peft_layout import CONFIG as ADAPTER_CONFIG
-from rlhf_kernels.integrations.peft_layout import base_fingerprint, load_adapter, read_spec, saved_fingerprint
+from rlhf_kernels.integrations.peft_layout import (
+    base_fingerprint,
+    load_adapter,
+    read_spec,
+    saved_fingerprint,
+    weights_fingerprint,
+)
 from rlhf_kernels.nn import HydraModel, LoraSpec, shard
 from rlhf_kernels.nn.disk import base_weights, load_heads
 from rlhf_trainer import checkpoint
@@ -30,7 +36,7 @@ HEADS_FILE = "heads.safetensors"
 class Policy:
     """The models of a run; `trained`: the trained parameters by their names; `groups`: with learning rates.
 
-    kept: what a checkpoint holds: `trained`, and the snapshots.
+    kept: what a checkpoint holds: `trained`, and the snapshots. frozen: the fingerprint of all the rest.
     """
 
     model: HydraModel
@@ -38,6 +44,7 @@ class Policy:
     trained: dict[str, nn.Parameter]
     groups: dict[str, tuple[float, dict[str, nn.Parameter]]]
     kept: dict[str, nn.Parameter]
+    frozen: str
 
     def export(self, output_dir: Path, tokenizer: Any, writes: bool = True) -> None:
         """The result for other programs: PEFT adapters or checkpoints (the policy's at the top), heads, tokenizer.
@@ -66,7 +73,7 @@ class Policy:
                 if spec.head != "lm" and f"heads.{spec.head_key}.weight" in self.trained:
                     head = self.trained[f"heads.{spec.head_key}.weight"].detach().cpu()
                     save_file({f"{spec.head}.weight": head}, place / HEADS_FILE, metadata={"format": "pt"})
-            tokenizer.save_pretrained(str(directory))
+            _save_tokenizer(tokenizer, directory)
 
         staging = output_dir / ".result"
         shutil.rmtree(staging, ignore_errors=True)
@@ -77,6 +84,15 @@ class Policy:
                 shutil.rmtree(target)
             os.replace(entry, target)
         staging.rmdir()
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    try:
+        tokenizer.save_pretrained(str(directory))
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from error  # what the tokenizers library makes of a full disk
 
 
 def resolve(path: str) -> str:
@@ -134,10 +150,12 @@ def build(config: TrainConfig, row: Algorithm, processes: Processes = ALONE) -> 
         shard(model, rollouts=config.fsdp_rollouts, **sharded)  # type: ignore[arg-type]
     groups = _groups(model, row, config)
     trained = {name: parameter for _, members in groups.values() for name, parameter in members.items()}
-    kept = {id(parameter) for parameter in trained.values()}
+    learning = {id(parameter) for parameter in trained.values()}
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in kept)
-    return Policy(model, layout, trained, groups, trained | _snapshots(model, layout))
+        parameter.requires_grad_(id(parameter) in learning)
+    kept = trained | _snapshots(model, layout)
+    frozen = weights_fingerprint((name, weight) for name, weight in model.named_parameters() if name not in kept)
+    return Policy(model, layout, trained, groups, kept, frozen)
 
 
 def _sharding(config: TrainConfig, processes: Processes) -> dict[str, Any]:

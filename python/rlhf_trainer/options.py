@@ -15,6 +15,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .errors import UserError, one_line
 
+INDENT, WIDTH = 36, 100  # columns of --help: where the explanation begins and where it ends
+
 SYNONYMS = {  # other trainers' words, for the hint of an error
     "lr": "learning_rate",
     "batch_size": "per_device_train_batch_size",
@@ -95,26 +97,60 @@ def build_parser(cls: type) -> Any:
     return parser
 
 
-def help_text(cls: type, groups: Mapping[str, str], width: int = 100) -> str:
-    """A line for each option: its flag, what it takes, what it means, its default where that is not nothing."""
-    hints, lines = get_type_hints(cls), []
-    letters = {int: "N", float: "X", str: "TEXT", bool: ""}
+def flag_of(name: str) -> str:
+    """A field's flag as help and errors spell it: "--kl-coef"."""
+    return "--" + name.replace("_", "-")
+
+
+def kinds_of(annotation: Any) -> list[Any]:
+    """The types a field takes, without null: [int] for `int | None`, [str] for `list[str]`."""
+    return [kind for kind in get_args(annotation) or (annotation,) if kind is not types.NoneType]
+
+
+def default_of(item: Any) -> Any:
+    """A field's default, also where it is made anew for each instance."""
+    return item.default if item.default is not MISSING else item.default_factory()
+
+
+def meaning(item: Any) -> str:
+    """A field's help and, where there are such, its choices."""
+    choices = item.metadata["choices"]
+    return str(item.metadata["help"]) + (f": {', '.join(choices)}" if choices else "")
+
+
+def help_text(
+    cls: type, groups: Mapping[str, str], names: Iterable[str] | None = None, own: Mapping[str, Any] | None = None
+) -> str:
+    """A line for each option: its flag, what it takes, what it means, its default where that is not nothing.
+
+    groups: a section's first field -> its title. names: only these options. own: what a default of None stands for.
+    """
+    shown = None if names is None else set(names)
+    hints, lines, title = get_type_hints(cls), [], ""
     for item in fields(cls):
-        if item.name in groups:
-            lines += ["", groups[item.name] + ":"]
-        kinds = [kind for kind in get_args(hints[item.name]) or (hints[item.name],) if kind is not type(None)]
-        many = " ..." if get_origin(hints[item.name]) is list else ""
-        flag = "  --" + item.name.replace("_", "-") + (" " + letters[kinds[0]] + many).rstrip()
-        text = item.metadata["help"]
-        if choices := item.metadata["choices"]:
-            text += f": {', '.join(choices)}"
-        if item.default is True:
-            text += f" [on; --no-{item.name.replace('_', '-')}]"
-        elif not any(item.default is nothing for nothing in (None, False, MISSING)):
-            text += f" [{item.default}]"
-        head = flag.ljust(36) if len(flag) < 35 else flag + "\n" + " " * 36
-        lines.append(head + ("\n" + " " * 36).join(textwrap.wrap(text, width - 36, break_on_hyphens=False)))
+        title = groups.get(item.name, title)
+        if shown is not None and item.name not in shown:
+            continue
+        if title:
+            lines += ["", title + ":"]
+            title = ""
+        lines.append(_help_line(item, hints[item.name], own or {}))
     return "\n".join(lines).lstrip("\n")
+
+
+def _help_line(item: Any, hint: Any, own: Mapping[str, Any]) -> str:
+    letters = {int: "N", float: "X", str: "TEXT", bool: ""}
+    many = " ..." if get_origin(hint) is list else ""
+    flag = f"  {flag_of(item.name)} {letters[kinds_of(hint)[0]]}{many}".rstrip()
+    text, default = meaning(item), default_of(item)
+    if default is True:
+        text += f" [on; --no-{item.name.replace('_', '-')}]"
+    else:
+        default = own.get(item.name) if default is None else default
+        if default is not None and default is not False and default != []:
+            text += f" [{default:g}]" if isinstance(default, float) else f" [{default}]"
+    head = flag.ljust(INDENT) if len(flag) < INDENT - 1 else flag + "\n" + " " * INDENT
+    return head + ("\n" + " " * INDENT).join(textwrap.wrap(text, WIDTH - INDENT, break_on_hyphens=False))
 
 
 def typed(cls: type, parser: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,7 +199,7 @@ def parse_flags(cls: type, parser: Any, argv: Sequence[str], aliases: Mapping[st
         if name.startswith("no_") and hints.get(name[3:]) is bool and not equals:
             name, equals, value = name[3:], "=", "false"
         if name not in known:
-            raise unknown("option", name, known, lambda n: "--" + n.replace("_", "-"))
+            raise unknown("option", name, [*known, "config", "help", "debug"], flag_of)
         spelled.append(f"--{aliases.get(name, name)}{equals}{value}")
     try:
         return dict(vars(parser.parse_args(spelled, defaults=False)))
@@ -178,7 +214,7 @@ def _flag_error(message: str, argv: Sequence[str], hints: Mapping[str, Any]) -> 
         if stray := re.search(r"unrecognized arguments: (.*)", message, re.IGNORECASE):
             return UserError(f"unexpected argument {stray[1]!r}: every option is --name value")
         return UserError(message)
-    flag = "--" + key.replace("_", "-")
+    flag = flag_of(key)
     got = ""
     for word, following in zip(argv, [*argv[1:], ""]):
         name, equals, value = word.partition("=")

@@ -67,9 +67,6 @@ def smooth(values: Sequence[float]) -> tuple[list[float], list[float]]:
 
 def draw(history: History) -> "dict[str, Figure]":
     """Figures by name, in reading order; only those the run has data for."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     panels: dict[str, Callable[[History], Figure | None]] = {
         "loss": _loss,
         "accuracy": _accuracy,
@@ -79,26 +76,31 @@ def draw(history: History) -> "dict[str, Figure]":
         "timing": _timing,
         "memory": _memory,
     }
-    with matplotlib.rc_context(STYLE):
-        drawn = {name: panel(history) for name, panel in panels.items()}
+    drawn = {name: make(history) for name, make in panels.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def save(history: History, folder: Path) -> dict[str, Path]:
     """Write every figure as `folder/NAME.png`; the paths by name."""
+    return write(lambda: draw(history), folder)
+
+
+def write(make: "Callable[[], dict[str, Figure]]", folder: Path) -> dict[str, Path]:
+    """Write the figures that `make` draws as `folder/NAME.png`; the paths by name."""
     import matplotlib
 
+    matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
-    figures = draw(history)
     with matplotlib.rc_context(STYLE):
-        for name, figure in figures.items():
+        for name, figure in make().items():
             paths[name] = folder / f"{name}.png"
             figure.savefig(paths[name], dpi=DPI)
     return paths
 
 
-def _panel(title: str, unit: str) -> "tuple[Figure, Axes]":
+def panel(title: str, unit: str) -> "tuple[Figure, Axes]":
+    """An empty figure over the steps of a run, in this module's style."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -130,7 +132,7 @@ def _curve(axes: "Axes", history: History, name: str, color: str, label: str) ->
     return True
 
 
-def _finish(axes: "Axes") -> None:
+def finish(axes: "Axes") -> None:
     """A legend above the axes, at the right, where more than one thing is drawn."""
     if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, borderaxespad=0.2, handlelength=1.4)
@@ -139,7 +141,7 @@ def _finish(axes: "Axes") -> None:
 def _single(history: History, name: str, title: str, unit: str, color: str) -> "Figure | None":
     if not series(history, name)[0]:
         return None
-    figure, axes = _panel(title, unit)
+    figure, axes = panel(title, unit)
     _curve(axes, history, name, color, title)
     return figure
 
@@ -164,11 +166,11 @@ def _reward(history: History) -> "Figure | None":
     steps, values = series(history, "eval/reward")
     if not steps and not series(history, name)[0]:
         return None
-    figure, axes = _panel("Reward", "mean score of a completion")
+    figure, axes = panel("Reward", "mean score of a completion")
     _curve(axes, history, name, BLUE, "rollouts")
     if steps:
         axes.plot(steps, values, "o-", color=ORANGE, markersize=5, linewidth=1.4, label="held-out prompts")
-    _finish(axes)
+    finish(axes)
     return figure
 
 
@@ -191,7 +193,7 @@ def _timing(history: History) -> "Figure | None":
     rows = [r for r in history if any(isinstance(r.get(f"timing/{p}"), int | float) for p, _ in parts)]
     if not rows:
         return None
-    figure, axes = _panel("Where a step's time goes", "seconds")
+    figure, axes = panel("Where a step's time goes", "seconds")
     steps = [r["step"] for r in rows]
     present = [(p, c) for p, c in parts if any(f"timing/{p}" in r for r in rows)]
     stacks = [[float(r.get(f"timing/{p}") or 0.0) for r in rows] for p, _ in present]
@@ -203,7 +205,7 @@ def _timing(history: History) -> "Figure | None":
     else:
         axes.stackplot(steps, *stacks, colors=[c for _, c in present], labels=[p for p, _ in present], linewidth=0)
     axes.set_ylim(bottom=0)
-    _finish(axes)
+    finish(axes)
     return figure
 
 
@@ -214,7 +216,7 @@ def _memory(history: History) -> "Figure | None":
         return None
     top = max(max(series(history, name)[1]) for name, _, _ in drawn)
     unit, size = ("GiB", 2**30) if top >= 2**30 else ("MiB", 2**20)
-    figure, axes = _panel("Memory", unit)
+    figure, axes = panel("Memory", unit)
     for name, color, label in drawn:
         steps, values = series(history, name)
         axes.plot(steps, [v / size for v in values], color=color, linewidth=2, label=label, solid_capstyle="round")
@@ -223,5 +225,5 @@ def _memory(history: History) -> "Figure | None":
             xytext=(-4, 6), textcoords="offset points", ha="right", color=color, fontsize=9,
         )  # fmt: skip
     axes.set_ylim(0, 1.15 * top / size)
-    _finish(axes)
+    finish(axes)
     return figure

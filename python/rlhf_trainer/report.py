@@ -1,14 +1,16 @@
 """`report.html` and its figures, from `metrics.jsonl`, `samples.jsonl` and `config.yaml` alone, so it can be made anew.
 
-One self-contained page: what ran, how it ended, the curves, and completions before and after.
+One self-contained page: what ran, how far it got, the curves, and completions before and after. The run may have ended,
+been interrupted or still be going.
 """
 
 import base64
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig
+from .config import read_yaml
 from .errors import UserError
 from .metrics import METRICS, SAMPLES, read_lines
 from .plots import History, save, series
@@ -43,6 +45,7 @@ table { border-collapse: separate; border-spacing: 0; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: 9px 14px; border-top: 1px solid #eef0f3; }
 tr:first-child th { border-top: 0; color: #6b7280; font-weight: 600; font-size: 13px; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.option { overflow-wrap: anywhere; min-width: 110px; font-size: 13px; } .wide { overflow-x: auto; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; }
 .text b { color: #6b7280; font-weight: 400; }
 .reward { display: inline-block; margin-bottom: 4px; padding: 0 8px; border-radius: 9px; }
@@ -51,17 +54,54 @@ details pre { background: #fff; border: 1px solid #e5e7eb; border-radius: 10px; 
 """
 
 
-def write_report(output_dir: str | Path) -> Path:
-    """Write `plots/*.png` and `report.html` into a run's folder; the page's path. UserError if it has no metrics."""
-    folder = Path(output_dir)
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder says: `history` has one dict a step, `config` is its config.yaml ("" and {} without one)."""
+
+    folder: Path
+    history: History
+    config: dict[str, Any]
+    config_text: str
+
+    @property
+    def algorithm(self) -> str:
+        return str(self.config.get("algorithm", "run"))
+
+    @property
+    def progress(self) -> str:
+        """ "70 steps", or "37 of 70 steps" of a run that has not come to its end."""
+        done, total = self.history[-1]["step"], self.config.get("total_steps")
+        return f"{done} of {total} steps" if isinstance(total, int) and done < total else f"{done} steps"
+
+
+def read_run(folder: str | Path) -> Run:
+    """The record of a run, which may still be written. UserError if there are no metrics, naming runs below it."""
+    folder = Path(folder)
+    if folder.name == METRICS:
+        folder = folder.parent
     history = merge_steps(read_lines(folder / METRICS))
     if not history:
-        raise UserError(f"report: {str(folder / METRICS)!r} holds no metrics yet")
-    figures = save(history, folder / "plots")
+        below = sorted(str(path.parent) for path in folder.glob(f"*/{METRICS}"))
+        hint = f"; there are runs in {', '.join(below)}" if below else ""
+        raise UserError(f"report: {str(folder / METRICS)!r} holds no metrics yet{hint}")
     recorded = folder / "config.yaml"
-    config = recorded.read_text(encoding="utf-8") if recorded.exists() else ""
-    algorithm = TrainConfig.from_yaml(recorded).algorithm if config else "run"
-    page = render(algorithm, history, figures, list(read_lines(folder / SAMPLES)), config)
+    text = recorded.read_text(encoding="utf-8") if recorded.exists() else ""
+    return Run(folder, history, read_yaml(recorded) if text else {}, text)
+
+
+def write_report(output_dir: str | Path, target: str | Path | None = None) -> Path:
+    """Write `plots/*.png` and `report.html` into a run's folder, or into `target`; the page's path.
+
+    UserError if the run has no metrics.
+    """
+    run = read_run(output_dir)
+    folder = run.folder if target is None else Path(target)
+    figures = save(run.history, folder / "plots")
+    return write_page(folder, render(run, figures, list(read_lines(run.folder / SAMPLES))))
+
+
+def write_page(folder: Path, page: str) -> Path:
+    """`folder/report.html`, whole or not at all."""
     path = folder / "report.html"
     temporary = path.with_suffix(".html.tmp")
     temporary.write_text(page, encoding="utf-8")
@@ -73,27 +113,45 @@ def merge_steps(rows: Any) -> History:
     """One dict a step, in order: a step may be logged in several lines, such as its training and its evaluation."""
     merged: dict[int, dict[str, Any]] = {}
     for row in rows:
-        merged.setdefault(row["step"], {}).update(row)
+        if isinstance(row.get("step"), int):
+            merged.setdefault(row["step"], {}).update(row)
     return [merged[step] for step in sorted(merged)]
 
 
-def render(
-    algorithm: str, history: History, figures: dict[str, Path], samples: list[dict[str, Any]], config: str
-) -> str:
+def render(run: Run, figures: dict[str, Path], samples: list[dict[str, Any]]) -> str:
     """The page's HTML; every text from the run is escaped."""
-    steps = history[-1]["step"]
     parts = [
-        f"<h1>{escape(algorithm)}</h1>",
-        f'<p class="about">{steps} steps{_duration(history)}</p>',
-        '<div class="grid">' + "".join(_figure(name, path) for name, path in figures.items()) + "</div>",
-        "<h2>Beginning and end</h2>" + _summary(history),
+        f"<h1>{escape(run.algorithm)}</h1>",
+        f'<p class="about">{run.progress}{_duration(run.history)}</p>',
+        grid(figures),
+        "<h2>Beginning and end</h2>" + _summary(run.history),
         _samples(samples),
-        f"<h2>Configuration</h2><details><summary>config.yaml</summary><pre>{escape(config)}</pre></details>"
-        if config
-        else "",
     ]
-    head = f'<meta charset="utf-8"><title>{escape(algorithm)}: {steps} steps</title><style>{CSS}</style>'
+    if run.config_text:
+        parts.append(
+            f"<h2>Configuration</h2><details><summary>config.yaml</summary><pre>{escape(run.config_text)}</pre></details>"
+        )
+    return html(f"{run.algorithm}: {run.progress}", parts)
+
+
+def html(title: str, parts: list[str]) -> str:
+    """A self-contained page."""
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{CSS}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><main>{"".join(parts)}</main></body></html>\n'
+
+
+def grid(figures: dict[str, Path]) -> str:
+    """The pictures side by side, inside the page."""
+    return '<div class="grid">' + "".join(_figure(name, path) for name, path in figures.items()) + "</div>"
+
+
+def ends(history: History, name: str) -> tuple[float, float] | None:
+    """Means of a metric over the first and the last tenth of a run's steps; None where it was not logged."""
+    values = series(history, name)[1]
+    if not values:
+        return None
+    first, last = values[: max(1, round(FIRST * len(values)))], values[-max(1, round(LAST * len(values))) :]
+    return sum(first) / len(first), sum(last) / len(last)
 
 
 def _duration(history: History) -> str:
@@ -112,13 +170,9 @@ def _figure(name: str, path: Path) -> str:
 def _summary(history: History) -> str:
     rows = ['<tr><th></th><th class="number">first steps</th><th class="number">last steps</th></tr>']
     for name, label, form in SUMMARY:
-        values = series(history, name)[1]
-        if not values:
-            continue
-        first = values[: max(1, round(FIRST * len(values)))]
-        last = values[-max(1, round(LAST * len(values))) :]
-        cells = "".join(f'<td class="number">{form.format(sum(v) / len(v))}</td>' for v in (first, last))
-        rows.append(f"<tr><td>{escape(label)}</td>{cells}</tr>")
+        if (means := ends(history, name)) is not None:
+            cells = "".join(f'<td class="number">{form.format(mean)}</td>' for mean in means)
+            rows.append(f"<tr><td>{escape(label)}</td>{cells}</tr>")
     return f"<table>{''.join(rows)}</table>"
 
 

@@ -1,4 +1,5 @@
 """How transformers' decoders run on one packed row of tokens: an attention function in transformers' own registry.
+(`register`, from transformers_sliced, is for models that keep transformers' batches.)
 
 A forward gets `input_ids` [1, tokens], explicit `position_ids` [1, tokens], `use_cache=False` and one extra keyword,
 `packed`, which transformers hands down to every attention layer. No mask is built: `packed` says where sequences begin.
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from rlhf_kernels.integrations.transformers_sliced import ATTENTION_LAYERS, SLICED, register
 from rlhf_kernels.ops.attention import native, sliced_attention, varlen_attention
 
 if TYPE_CHECKING:
@@ -19,8 +21,9 @@ if TYPE_CHECKING:
 
     from rlhf_kernels.generation.arena import Arena
 
+__all__ = ["SLICED", "PackedRows", "SlicedRows", "check_decoder", "head_shape", "register", "use_packed_attention"]
+
 ATTENTION = "rlhf_kernels_packed"
-ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 POSITION_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rlhf_kernels.nn.hydra import HydraModel
 
 HEADS_FILE = "heads.safetensors"
+PEFT_DEFAULT = "default"  # PEFT's name for the adapter it saves in the directory itself
 
 
 def save(model: "HydraModel", directory: Path) -> None:
@@ -40,18 +41,28 @@ def base_weights(model: "HydraModel", name: str) -> dict[str, Tensor]:
     return own if model.sharding is None else gathered(own, model.sharding.leads)
 
 
-def load_adapters(model: "HydraModel", directory: Path) -> list[str]:
+def load_adapters(model: "HydraModel", directory: Path, names: Mapping[str, str] | None = None) -> list[str]:
     """HydraModel.load_adapters."""
-    found = sorted(p.parent for p in directory.glob(f"*/{peft_layout.CONFIG}"))
+    found = {path.parent.name: path.parent for path in sorted(directory.glob(f"*/{peft_layout.CONFIG}"))}
+    if (directory / peft_layout.CONFIG).is_file():
+        found = {PEFT_DEFAULT: directory} | found
     if not found and not (directory / HEADS_FILE).is_file():
         raise ValueError(f"{directory}: no adapter in this directory; it must hold <adapter>/{peft_layout.CONFIG}")
-    for path in found:
-        if path.name not in model.adapters:
-            model.add_adapter(path.name, peft_layout.read_spec(path))
-        peft_layout.load_adapter(model.decoder(model.adapters[path.name]), path.name, path)
+    names = dict(names or {})
+    for name in names:
+        if name not in found:
+            raise ValueError(f"names: {name!r} is not in {directory}, which holds {', '.join(found) or 'no adapter'}")
+    loaded = {names.get(name, name): path for name, path in found.items()}
+    if len(loaded) < len(found):
+        raise ValueError(f"names: {names} gives two adapters one name")
+    specs = {name: peft_layout.read_spec(path) for name, path in loaded.items()}  # refused before anything is changed
+    for name, path in loaded.items():
+        if name not in model.adapters:
+            model.add_adapter(name, specs[name])
+        peft_layout.load_adapter(model.decoder(model.adapters[name]), name, path)
     if (directory / HEADS_FILE).is_file():
         load_heads(model.linear_heads(), directory / HEADS_FILE)
-    return [path.name for path in found]
+    return list(loaded)
 
 
 def load_base_heads(model: "HydraModel", file: Path, base: str) -> None:

@@ -326,9 +326,13 @@ class HydraModel(nn.Module):
         """directory/<adapter>/ in PEFT's layout, heads.safetensors, and each base that trains in directory/<base>/."""
         disk.save(self, Path(directory))
 
-    def load_adapters(self, directory: str | os.PathLike[str]) -> list[str]:
-        """Reads every adapter in `directory` (what save_pretrained wrote), adding those that are new; heads as well."""
-        return disk.load_adapters(self, Path(directory))
+    def load_adapters(self, directory: str | os.PathLike[str], names: Mapping[str, str] | None = None) -> list[str]:
+        """Reads every adapter in `directory` (of save_pretrained, or PEFT's), adding those that are new; heads too.
+
+        The one that PEFT saves in the directory itself is "default"; `names` maps names there to names here. Returns
+        the names here. ValueError, before anything is changed, for what is no plain LoRA (DoRA, biases, ...).
+        """
+        return disk.load_adapters(self, Path(directory), names)
 
 
 def _adapter_parameters(layer: LoRALinear) -> Iterator[nn.Parameter]:

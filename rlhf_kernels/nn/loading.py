@@ -1,5 +1,6 @@
 """From a path, a hub id or a module to a frozen decoder that runs on packed rows."""
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -46,7 +47,9 @@ def load_decoder(
     else:
         directory = local_directory(source)
         if directory is not None and not (directory / "config.json").is_file():
-            raise ValueError(f"model: {os.fspath(source)!r}: no config.json in this directory")
+            raise ValueError(
+                f"model: {os.fspath(source)!r}: no config.json in this directory{_what_it_holds(directory)}"
+            )
         place = os.fspath(source) if directory is None else str(directory)
         local = directory is not None
         config = AutoConfig.from_pretrained(place, local_files_only=local)
@@ -62,6 +65,15 @@ def load_decoder(
     if device is not None:
         cast(nn.Module, model).to(device)
     return model.eval()
+
+
+def _what_it_holds(directory: Path) -> str:
+    """What to do with a directory of adapters, which is not a model."""
+    found = [*directory.glob("adapter_config.json"), *directory.glob("*/adapter_config.json")]
+    if not found:
+        return ""
+    base = json.loads(found[0].read_text()).get("base_model_name_or_path")
+    return f"; it holds adapters: load their base{f' ({base})' if base else ''}, then call load_adapters with this path"
 
 
 def saved_base(path: "str | os.PathLike[str]") -> "str | os.PathLike[str]":

@@ -24,16 +24,21 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """One adapter: delta W = alpha / r * B A on each targeted Linear. Dropout is always 0 (it is off in every pass)."""
+    """One adapter: delta W = scaling * B A on each targeted Linear. Dropout is always 0 (it is off in every pass)."""
 
     r: int = 16
     alpha: float = 32.0
     target_modules: str | Sequence[str] | None = None  # None: what the model says; "all-linear"; or names as PEFT's
     dtype: torch.dtype | None = None  # of A and B; None: float32
+    use_rslora: bool = False  # scaling is alpha / sqrt(r), not alpha / r
+    rank_pattern: Mapping[str, int] | None = (
+        None  # other ranks of some layers, by path or its end; scaling stays that of r
+    )
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"r is {self.r!r}; the rank of an adapter must be an int >= 1")
+        for name, r in (("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in (self.rank_pattern or {}).items())):
+            if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+                raise ValueError(f"{name} is {r!r}; the rank of an adapter must be an int >= 1")
         if not isinstance(self.alpha, (int, float)) or not math.isfinite(self.alpha):
             raise ValueError(f"alpha is {self.alpha!r}; it must be a finite number")
         if self.dtype is not None and not self.dtype.is_floating_point:
@@ -41,7 +46,12 @@ class LoraSpec:
 
     @property
     def scaling(self) -> float:
-        return self.alpha / self.r
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def rank(self, path: str) -> int:
+        """The rank on the layer at a path: the first pattern that is its path or the end of it, else r."""
+        found = (r for key, r in (self.rank_pattern or {}).items() if path == key or path.endswith("." + key))
+        return next(found, self.r)
 
 
 class LoRALinear(nn.Module):
@@ -66,13 +76,13 @@ class LoRALinear(nn.Module):
         self.routes = routes
         self.siblings = [self]  # see nn/siblings.py
 
-    def add_adapter(self, name: str, spec: LoraSpec) -> None:
-        """A is drawn as PEFT draws it, B is zero: the adapter starts as the base."""
+    def add_adapter(self, name: str, spec: LoraSpec, r: int) -> None:
+        """A is drawn as PEFT draws it, B is zero: the adapter, here of rank r, starts as the base."""
         weight, dtype = self.weight, spec.dtype or torch.float32
-        a = torch.empty(spec.r, self.in_features, dtype=torch.float32, device=weight.device)
+        a = torch.empty(r, self.in_features, dtype=torch.float32, device=weight.device)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         self.lora_A[name] = nn.Parameter(a.to(dtype))
-        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, spec.r, dtype=dtype, device=weight.device))
+        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, r, dtype=dtype, device=weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         running = self.routes.running
@@ -131,8 +141,11 @@ def attach_adapters(
             if not isinstance(module, LoRALinear) and is_sharded(cast(Tensor, module.weight)):
                 # FSDP knows the module that it sharded, and would not gather for another in its place
                 raise ValueError(f"adapters: {path} has had none and is sharded by now; attach adapters before `shard`")
+        for key in spec.rank_pattern or {}:
+            if not any(path == key or path.endswith("." + key) for path in paths):
+                raise ValueError(f"adapters[{name!r}]: rank_pattern names {key!r}, which is none of its layers")
         for path in paths:
-            _adaptable(model, path, routes).add_adapter(name, spec)
+            _adaptable(model, path, routes).add_adapter(name, spec, spec.rank(path))
         routes.specs[name] = spec
     group_siblings(model, fuse)
     return routes

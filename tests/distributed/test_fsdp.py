@@ -235,7 +235,7 @@ def breaking_rollout() -> None:
 
 
 def test_a_rank_that_fails_inside_a_forward_ends_at_once() -> None:
-    with pytest.raises(AssertionError, match="rank 1 failed:(.|\n)*ZeroDivisionError"):
+    with pytest.raises(AssertionError, match=r"rank 1 failed:(.|\n)*ZeroDivisionError"):
         run_ranks(2, breaking_rollout)
 
 

@@ -1,8 +1,5 @@
 """The command line: flags over YAML, one line and exit code 2 for bad input, nothing touched before it is checked."""
 
-import subprocess
-import sys
-
 import pytest
 
 import rlhf_trainer
@@ -12,9 +9,7 @@ from rlhf_trainer.errors import UserError
 
 
 def config_of(*words: str) -> TrainConfig:
-    config = cli.load_config(list(words))
-    assert config is not None
-    return config
+    return cli.load_config(list(words))
 
 
 @pytest.mark.parametrize("flag", ["--kl-coef=0.5", "--kl_coef=0.5"], ids=["dashes", "underscores"])
@@ -112,16 +107,6 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(rlhf_trainer, "train", fail, raising=False)
     with pytest.raises(ValueError, match="not by this project"):
         cli.main(["ppo"])
-
-
-def test_help_lists_every_option_and_imports_no_torch():
-    code = (
-        "import sys; from rlhf_trainer.cli import main; main(['ppo', '--help']); "
-        "assert not {'torch', 'transformers'} & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for name in TrainConfig.__dataclass_fields__:
-        assert "--" + name.replace("_", "-") in done.stdout
 
 
 def test_plan_prints_one_layout_or_all_of_them(tmp_path, capsys):

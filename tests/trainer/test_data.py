@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tiny
 
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.data import BatchOrder, load_demonstrations, load_preferences, load_prompts
@@ -189,3 +190,11 @@ def test_a_batch_depends_on_the_step_alone():
     assert walked.at(3) == BatchOrder(10, 4, seed=1).at(3)
     assert BatchOrder(10, 4, seed=1).at(3) != BatchOrder(10, 4, seed=2).at(3)
     assert BatchOrder(2, 5, seed=0).at(0).count(0) in (2, 3)  # a batch larger than the set repeats rows
+
+
+def test_the_demo_model_brings_its_held_out_prompts_only_where_no_others_are_given(tmp_path):
+    made = tiny.tokenizer()
+    assert load_prompts(TrainConfig(), made, "eval_prompts")
+    own = TrainConfig(prompts=tiny.prompts(tmp_path / "own.jsonl"))
+    assert load_prompts(own, made, "eval_prompts") == []
+    assert len(load_prompts(own, made)) == 12

@@ -5,7 +5,8 @@ from dataclasses import replace
 from importlib import import_module
 
 from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss
-from rlhf_trainer.config import KV_MEMORY, MICRO_BATCH, TrainConfig
+from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.defaults import SIZES, UNSAID
 from rlhf_trainer.errors import UserError
 from rlhf_trainer.names import ALGORITHMS, ONLINE
 
@@ -39,9 +40,9 @@ def with_defaults(config: TrainConfig) -> TrainConfig:
     rewards have not, or a warm-up of a critic that it has not.
     """
     row = find(config.algorithm)
-    defaults = {"num_generations": 1, "critic_warmup_steps": 0} | dict(row.defaults)
+    defaults = UNSAID | dict(row.defaults)
     if config.memory_budget is None:  # else see `budget`
-        defaults |= {"per_device_train_batch_size": MICRO_BATCH, "kv_memory": KV_MEMORY}
+        defaults |= SIZES
     values = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     if config.lora_r and config.lora_alpha is None:
         values["lora_alpha"] = float(config.lora_r)

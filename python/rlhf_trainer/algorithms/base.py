@@ -1,8 +1,8 @@
 """What an algorithm is to the core: a row that names its models, how it samples, its advantages and its loss.
 
 Rows stand in the tuples ROWS of this package's modules, which `rlhf_trainer.algorithms.TABLE` finds by itself; their
-names in `rlhf_trainer.names`, their settings for the demo in `rlhf_trainer.demo.settings`. One step of a row that
-samples:
+names in `rlhf_trainer.names`, their defaults in `rlhf_trainer.defaults`, their settings for the demo in
+`rlhf_trainer.demo.settings`. One step of a row that samples:
 
     begin(model, step, config)                 snapshots; must do the same when the step is done again after a resume
     rollout: num_generations samples a prompt (and a greedy one), next to each other in the order of the prompts
@@ -34,30 +34,6 @@ from rlhf_trainer.rollout import Packed, Rollout
 
 Source = Literal["model", "reward_model"]  # which of the configuration's two checkpoints something is loaded from
 State = dict[str, float]  # a row's own running numbers, empty at the start of a run and kept in its checkpoints
-
-# Fields of TrainConfig that mean nothing to rows that learn from a file, and the optimiser settings those rows share.
-OFFLINE_DEFAULTS: dict[str, Any] = {
-    "weight_decay": 0.0,
-    "adam_beta2": 0.999,
-    "lora_r": 0,
-    "lora_alpha": 32.0,
-    "num_ppo_epochs": 1,
-    "kl_coef": 0.0,
-    "vf_coef": 0.0,
-}
-
-
-# The settings that rows share which learn from samples without a critic.
-ONLINE_DEFAULTS: dict[str, Any] = {
-    "learning_rate": 1e-6,
-    "num_ppo_epochs": 1,
-    "kl_coef": 0.03,
-    "weight_decay": 0.0,
-    "adam_beta2": 0.999,
-    "lora_r": 0,
-    "lora_alpha": 32.0,
-    "vf_coef": 0.0,
-}
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_kernels.nn import HydraModel, Role
-from rlhf_trainer.algorithms.base import OFFLINE_DEFAULTS, Algorithm, Counts, Layout, Loss
+from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss
 from rlhf_trainer.config import TrainConfig
 from rlhf_trainer.data import Preference
+from rlhf_trainer.defaults import DEFAULTS
 from rlhf_trainer.rollout import Packed, pack
 
 
@@ -104,7 +105,7 @@ def _row(name: str) -> Algorithm:
         layout=_layout,
         trained=("actor",),
         loss=loss,
-        defaults=OFFLINE_DEFAULTS | {"learning_rate": 5e-6, "lora_r": 128, "lora_alpha": 128.0},
+        defaults=DEFAULTS[name],
         data="preferences",
         prepare=prepare,
     )

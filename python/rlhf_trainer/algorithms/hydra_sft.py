@@ -6,9 +6,10 @@ The frozen result is the base of the Hydra algorithms: `model` of hydra-ppo and 
 """
 
 from rlhf_kernels.nn import HydraModel, Role
-from rlhf_trainer.algorithms.base import OFFLINE_DEFAULTS, Algorithm, Counts, Layout, Loss
+from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss
 from rlhf_trainer.algorithms.reward import preference_loss
 from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.defaults import DEFAULTS
 from rlhf_trainer.rollout import pack
 
 
@@ -34,7 +35,7 @@ ROWS = (
         layout=_layout,
         trained=("actor", "reward"),
         loss=loss,
-        defaults=OFFLINE_DEFAULTS | {"learning_rate": 1e-5},
+        defaults=DEFAULTS["hydra-sft"],
         data="preferences",
     ),
 )

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.nn import HydraModel, Role
-from rlhf_trainer.algorithms.base import ONLINE_DEFAULTS, Algorithm, Counts, Layout, Loss, best, one_policy, run
+from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss, best, one_policy, run
 from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.defaults import DEFAULTS
 from rlhf_trainer.rollout import Rollout
 
 
@@ -79,13 +80,13 @@ ROWS = (
         layout=_layout,
         trained=("actor",),
         loss=loss,
-        defaults=ONLINE_DEFAULTS
-        | {"learning_rate": 5e-6, "num_generations": 8, "kl_coef": 0.0, "lora_r": 128, "lora_alpha": 128.0},
+        defaults=DEFAULTS["inpo"],
         scored=("actor", "reference", "snapshot"),
         select=select,
         group=2,
         begin=begin,
         least_generations=2,
         sampled="snapshot",
+        penalised=False,
     ),
 )

@@ -11,8 +11,9 @@ one packed call, one base.
 
 from rlhf_kernels import gae
 from rlhf_kernels.nn import HydraModel, Role
-from rlhf_trainer.algorithms.base import ONLINE_DEFAULTS, Algorithm, Counts, Layout, Loss, State, run
+from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss, State, run
 from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.defaults import DEFAULTS
 from rlhf_trainer.rollout import Rollout
 
 
@@ -49,8 +50,7 @@ ROWS = (
         layout=_layout,
         trained=("actor", "critic"),
         loss=loss,
-        defaults=ONLINE_DEFAULTS
-        | {"learning_rate": 1e-5, "kl_coef": 0.05, "vf_coef": 0.1, "lora_r": 16, "lora_alpha": 16.0},
+        defaults=DEFAULTS["pe-rlhf"],
         scored=("actor", "reference", "critic"),
         advantages=advantages,
     ),

@@ -15,6 +15,7 @@ from rlhf_kernels import gae, masked_whiten
 from rlhf_kernels.nn import HydraModel, Role
 from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss, Source, State, run
 from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.defaults import DEFAULTS
 from rlhf_trainer.rollout import Rollout
 
 
@@ -108,32 +109,21 @@ def whole(config: TrainConfig) -> Layout:
     return _four_bases(config, adapters=False)
 
 
-_DEFAULTS = {
-    "learning_rate": 5e-6,
-    "num_ppo_epochs": 4,
-    "kl_coef": 0.02,
-    "vf_coef": 0.1,
-    "weight_decay": 0.0,
-    "adam_beta2": 0.999,
-}
-_RANK = {"lora_r": 128, "lora_alpha": 128.0}
-
-
-def _row(name: str, layout, defaults) -> Algorithm:
+def _row(name: str, layout) -> Algorithm:
     return Algorithm(
         name=name,
         layout=layout,
         trained=("actor", "critic"),
         loss=loss,
-        defaults=defaults,
+        defaults=DEFAULTS[name],
         scored=("actor", "reference", "critic"),
         advantages=advantages,
     )
 
 
 ROWS = (
-    _row("ppo", whole, _DEFAULTS | {"lora_r": 0, "lora_alpha": 32.0}),  # four full models, actor and critic trained
-    _row("lora-ppo", _lora, _DEFAULTS | _RANK),  # four frozen bases, adapters on actor and critic
-    _row("j-hydra-ppo", _joint, _DEFAULTS | _RANK),  # one base, one adapter for actor and critic
-    _row("hydra-ppo", hydra, _DEFAULTS | _RANK),  # one base, an adapter each for actor and critic
+    _row("ppo", whole),  # four full models, actor and critic trained
+    _row("lora-ppo", _lora),  # four frozen bases, adapters on actor and critic
+    _row("j-hydra-ppo", _joint),  # one base, one adapter for actor and critic
+    _row("hydra-ppo", hydra),  # one base, an adapter each for actor and critic
 )

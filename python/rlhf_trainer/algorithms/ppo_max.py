@@ -14,8 +14,9 @@ import math
 from torch import Tensor
 
 from rlhf_trainer.algorithms import ppo
-from rlhf_trainer.algorithms.base import ONLINE_DEFAULTS, Algorithm, Layout, State
+from rlhf_trainer.algorithms.base import Algorithm, Layout, State
 from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.defaults import DEFAULTS
 
 STD_FLOOR = 1e-4  # rewards that do not vary say nothing: they must not become large numbers
 
@@ -45,16 +46,7 @@ ROWS = (
         layout=_layout,
         trained=("actor", "critic"),
         loss=ppo.loss,
-        defaults=ONLINE_DEFAULTS
-        | {
-            "learning_rate": 5e-7,
-            "critic_warmup_steps": 10,
-            "kl_coef": 0.05,
-            "vf_coef": 1.0,
-            "reward_clip": 5.0,
-            "advantage_clip": 0.5,
-            "adam_beta2": 0.95,
-        },
+        defaults=DEFAULTS["ppo-max"],
         scored=("actor", "reference", "critic"),
         advantages=ppo.advantages,
         normalize=normalize,

@@ -10,8 +10,9 @@ that alone: a whole trained base with rewards from functions and kl_coef 0 has n
 from torch import Tensor
 
 from rlhf_kernels.nn import HydraModel, Role
-from rlhf_trainer.algorithms.base import ONLINE_DEFAULTS, Algorithm, Counts, Layout, Loss, best, one_policy, run
+from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss, best, one_policy, run
 from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.defaults import DEFAULTS
 from rlhf_trainer.rollout import Rollout
 
 
@@ -40,7 +41,7 @@ ROWS = (
         layout=_layout,
         trained=("actor",),
         loss=loss,
-        defaults=ONLINE_DEFAULTS | {"learning_rate": 2e-5, "kl_coef": 0.0, "num_generations": 5},
+        defaults=DEFAULTS["raft"],
         scored=("actor", "reference"),
         select=select,
         least_generations=2,

@@ -12,8 +12,9 @@ falls by that factor with each step after it. `loss="token-mean"` divides by tok
 from torch import Tensor
 
 from rlhf_kernels.nn import HydraModel
-from rlhf_trainer.algorithms.base import ONLINE_DEFAULTS, Algorithm, Counts, Loss, State, one_policy, run
+from rlhf_trainer.algorithms.base import Algorithm, Counts, Loss, State, one_policy, run
 from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.defaults import DEFAULTS
 from rlhf_trainer.rollout import Rollout
 
 
@@ -53,7 +54,7 @@ ROWS = (
         layout=one_policy,
         trained=("actor",),
         loss=loss,
-        defaults=ONLINE_DEFAULTS,
+        defaults=DEFAULTS["reinforce"],
         scored=("actor", "reference"),
         advantages=reinforce,
     ),
@@ -62,7 +63,7 @@ ROWS = (
         layout=one_policy,
         trained=("actor",),
         loss=loss,
-        defaults=ONLINE_DEFAULTS | {"num_generations": 4},
+        defaults=DEFAULTS["rloo"],
         scored=("actor", "reference"),
         advantages=rloo,
         least_generations=2,

@@ -9,9 +9,10 @@ and the reference is that base with the adapter off.
 """
 
 from rlhf_kernels import gae
-from rlhf_trainer.algorithms.base import ONLINE_DEFAULTS, Algorithm, State, one_policy
+from rlhf_trainer.algorithms.base import Algorithm, State, one_policy
 from rlhf_trainer.algorithms.reinforce import loss
 from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.defaults import DEFAULTS
 from rlhf_trainer.rollout import Rollout
 
 
@@ -30,7 +31,7 @@ ROWS = (
         layout=one_policy,
         trained=("actor",),
         loss=loss,
-        defaults=ONLINE_DEFAULTS | {"kl_coef": 0.1, "weight_decay": 0.1, "adam_beta2": 0.95},
+        defaults=DEFAULTS["remax"],
         scored=("actor", "reference"),
         advantages=advantages,
         greedy_baseline=True,

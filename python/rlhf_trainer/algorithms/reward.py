@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_kernels.nn import HydraModel, Role
-from rlhf_trainer.algorithms.base import OFFLINE_DEFAULTS, Algorithm, Counts, Layout, Loss
+from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss
 from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.defaults import DEFAULTS
 from rlhf_trainer.rollout import pack
 
 
@@ -43,7 +44,7 @@ ROWS = (
         layout=_layout,
         trained=("reward",),
         loss=loss,
-        defaults=OFFLINE_DEFAULTS | {"learning_rate": 1e-5},
+        defaults=DEFAULTS["reward"],
         data="preferences",
     ),
 )

@@ -1,8 +1,9 @@
 """Supervised fine-tuning: cross-entropy on completion tokens, the mean over all of them in the optimiser step."""
 
 from rlhf_kernels.nn import HydraModel, Role
-from rlhf_trainer.algorithms.base import OFFLINE_DEFAULTS, Algorithm, Counts, Layout, Loss
+from rlhf_trainer.algorithms.base import Algorithm, Counts, Layout, Loss
 from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.defaults import DEFAULTS
 from rlhf_trainer.rollout import pack
 
 
@@ -28,7 +29,7 @@ ROWS = (
         layout=_layout,
         trained=("actor",),
         loss=loss,
-        defaults=OFFLINE_DEFAULTS | {"learning_rate": 2e-5},
+        defaults=DEFAULTS["sft"],
         data="demonstrations",
     ),
 )

@@ -12,8 +12,9 @@ its weight grows with the batch, and here as in the paper's text it is their mea
 from torch import Tensor
 
 from rlhf_kernels.nn import HydraModel
-from rlhf_trainer.algorithms.base import ONLINE_DEFAULTS, Algorithm, Counts, Loss, best, one_policy, run
+from rlhf_trainer.algorithms.base import Algorithm, Counts, Loss, best, one_policy, run
 from rlhf_trainer.config import TrainConfig
+from rlhf_trainer.defaults import DEFAULTS
 from rlhf_trainer.rollout import Rollout
 
 
@@ -40,7 +41,7 @@ ROWS = (
         layout=one_policy,
         trained=("actor",),
         loss=loss,
-        defaults=ONLINE_DEFAULTS | {"learning_rate": 2e-5, "kl_coef": 0.35, "num_generations": 16, "lora_r": 4},
+        defaults=DEFAULTS["superhf"],
         scored=("actor", "reference"),
         select=select,
         least_generations=2,

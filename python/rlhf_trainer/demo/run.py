@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rlhf_trainer.demo.settings import TUNED
 from rlhf_trainer.errors import UserError
+from rlhf_trainer.lock import FILE as LOCK
+from rlhf_trainer.lock import DirectoryLock
 from rlhf_trainer.options import nearest
 
 if TYPE_CHECKING:
@@ -190,6 +192,9 @@ def fresh_folder(folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / RECORD).is_file():
             raise UserError(f"demo: output {str(folder)!r} holds something else; give another --output")
+        for held in folder.rglob(LOCK):
+            with DirectoryLock(held.parent) as lock:
+                lock.take(make=False)  # UserError while a demo is at work there
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).write_text("{}\n")

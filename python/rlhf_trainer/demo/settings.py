@@ -74,7 +74,7 @@ TUNED: dict[str, dict[str, Any]] = {
     },
     # no ratio, so one pass; one adapter serves policy and baseline
     "pe-rlhf": ADAPTERS
-    | {"learning_rate": 1.5e-3, "num_ppo_epochs": 1, "kl_coef": 0.45, "vf_coef": 0.05, "total_steps": 80},
+    | {"learning_rate": 1.75e-3, "num_ppo_epochs": 1, "kl_coef": 0.38, "vf_coef": 0.05, "total_steps": 80},
     "remax": {"learning_rate": 5e-4, "num_ppo_epochs": 1, "kl_coef": 0.45, "total_steps": 80},
     "reinforce": {"learning_rate": 5e-4, "num_ppo_epochs": 1, "kl_coef": 0.45, "total_steps": 65},
     # a prompt's samples share its prefill: fewer prompts, several samples each
@@ -98,10 +98,10 @@ TUNED: dict[str, dict[str, Any]] = {
     "superhf": ADAPTERS
     | {
         "num_ppo_epochs": 1,
-        "kl_coef": 0.35,
+        "kl_coef": 0.32,
         "rollout_batch_size": 8,
         "num_generations": 16,
-        "total_steps": 70,
+        "total_steps": 74,
     },
     # pairs of the best and the worst sample; a goal of 2.9 nats a pair, for sentences of 17 tokens
     "inpo": ADAPTERS
