@@ -81,8 +81,8 @@ class Case:
     `tokens`: how many tokens a contestant's run is worth. Contestants may then do different amounts of the work, and
     speeds and targets in time compare times a token. `warmed`: contestants warm up as they are prepared, since a whole
     run of the slow ones would take as long as the measurement. `measured()` gives, after the clock, what contestants in
-    processes of their own found there. `clock`: another than the wall's, in seconds, on a CPU; time.process_time is right
-    on a machine that others use, for contestants that all run on one thread.
+    processes of their own found there. `clock`: another than the wall's, in seconds, on a CPU; time.process_time is
+    right on a machine that others use, for contestants that all run on one thread.
     """
 
     name: str
