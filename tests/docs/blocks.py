@@ -44,6 +44,10 @@ TABLE = (
         "seventeen searches for the largest batch take half a minute",
     ),
     Instead(
+        r"(?:accelerate launch|torchrun) .*-m rlhf_trainer (.*) --fsdp(.*)", r"rlhf-train \1\2",
+        "one process has no shards; as below",
+    ),
+    Instead(
         r"(?:accelerate launch|torchrun) .*-m rlhf_trainer (.*)", r"rlhf-train \1",
         "takes half a minute: tests/distributed launches several processes",
     ),
