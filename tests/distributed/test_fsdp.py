@@ -20,7 +20,7 @@ pytestmark = pytest.mark.host
 
 LENGTHS = [9, 5, 13, 17, 4, 11, 8, 6]
 PROMPTS = [4, 1, 6, 12, 2, 3, 5, 1]
-STEPS = 5
+STEPS, RATE = 5, 3e-3
 WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
 
 
@@ -70,7 +70,7 @@ def curve(model: HydraModel, micro_batches: int) -> list[float]:
     mine = torch.arange(len(LENGTHS))[rank::ranks]
     parameters = {id(p): p for role in ("actor", "critic") for p in model.trainable_parameters(role)}.values()
     kinds = [[p for p in parameters if is_sharded(p) == sharded] for sharded in (True, False)]
-    optimizer = torch.optim.AdamW([{"params": kind} for kind in kinds if kind], lr=3e-3, fused=True)
+    optimizer = torch.optim.AdamW([{"params": kind} for kind in kinds if kind], lr=RATE, fused=True)
     losses = []
     for _ in range(STEPS):
         total = torch.zeros(())
@@ -119,7 +119,8 @@ def test_the_loss_curve_is_that_of_one_process(world: int, kind: str, micro_batc
         assert alone[-1] < alone[0] - 0.05  # it learns
         worst = max(abs(a - b) for a, b in zip(alone, parts))
         assert worst < 1e-5
-        assert parameters < 1e-3  # Adam turns the rounding of a gradient near 0 into part of a step
+        # Adam makes steps of rounding where a gradient is 0 but for it: the biases of GPT-2's keys move as they like
+        assert parameters < (2 * STEPS * RATE if kind == "tied" else 1e-3)
     print(f"{world} processes, {kind}, {micro_batches} micro-batches: losses {worst:.1e}, parameters {parameters:.1e}")
 
 
