@@ -188,9 +188,10 @@ def build_phase(
     """Data and rewards first (cheap, and where most mistakes are), then the models. The phase has the configuration
     that fits a memory budget.
     """
-    # A row of packed tokens has another length each time, and oneDNN would keep compiled code, 0.55 MB each, for 1,024
-    # shapes of bf16 products. It reads this at its first product.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRODUCTS))
+    # A row of packed tokens has another length each time, and oneDNN and PyTorch's binding of it would each keep the
+    # compiled products of 1,024 shapes in bf16, half a gigabyte and more. Both read their limit at their first product.
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, str(PRODUCTS))
     if row.data is not None:
         rows: list[Any] = (
             load_demonstrations(config, tokenizer)
