@@ -77,7 +77,7 @@ def _runner(library: Path) -> "subprocess.Popen[str]":
 def run(only: str | None, file: Path | None, again: bool) -> dict[str, Any]:
     """Measures (what `file` holds already is not measured again unless `again`), writing after every run."""
     known = {}
-    if file is not None and file.is_file() and not again:
+    if file is not None and file.is_file():
         known = {json.dumps(r["work"]): r for r in json.loads(file.read_text())["runs"] if "error" not in r}
     chosen = [w for w in works() if only is None or only in f"{w.algorithm} {w.size} {w.dtype}"]
     result: dict[str, Any] = {
@@ -87,7 +87,7 @@ def run(only: str | None, file: Path | None, again: bool) -> dict[str, Any]:
         "runs": [],
     }
     done = set()
-    for record in measure(chosen, known):
+    for record in measure(chosen, {} if again else known):
         done.add(json.dumps(record["work"]))
         result["runs"].append(record)
         print(line(record), file=sys.stderr, flush=True)
