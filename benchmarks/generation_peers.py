@@ -99,12 +99,16 @@ def sampling(**changes: Any) -> Any:
 
 @dataclass(frozen=True)
 class Continuous:
-    """`prompts` of them, at most `active` at a time, in `kv_tokens` tokens of cache; or all as it is by default."""
+    """`prompts` of them, at most `active` at a time, in `kv_tokens` tokens of cache; or all as it is by default.
+
+    By default its cache takes most of the machine's free memory, or `memory_share` of it.
+    """
 
     active: int
     prompts: int
     kv_tokens: int
     tuned: bool = True
+    memory_share: float | None = None
 
     def name(self, of: int) -> str:
         how = f", {self.active} active" if self.tuned else DEFAULTS
@@ -139,7 +143,7 @@ class Continuous:
         """Tuned: prompts share nothing here, so looking for shared blocks would only cost."""
         config = attribute("transformers.generation.configuration_utils", "ContinuousBatchingConfig")(
             auto_switch_to_flash=find_spec("flash_attn") is not None,  # else it looks for kernels on the network
-            **(self._tuning(model.device.type) if self.tuned else {}),
+            **(self._tuning(model.device.type) if self.tuned else {"max_memory_percent": self.memory_share}),
         )
         options = sampling(max_new_tokens=1, eos_token_id=-1)
         with (
