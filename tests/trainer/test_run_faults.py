@@ -51,6 +51,14 @@ def whole(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(autouse=True)
+def sigint():
+    """SIGINT as a terminal's process has it: what a shell starts in the background ignores it, and so do its tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def out(whole):
     """Where a disturbed run goes, beside the undisturbed one."""
