@@ -143,6 +143,7 @@ def fork(log: Path, work: Callable[[], int]) -> int:
         return child
     code = 1
     try:
+        torch.set_num_threads(1)  # makes torch's pool anew, before two threads of the child could both try to
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
