@@ -1,6 +1,5 @@
 """The compiled ops of the CPU as aarch64 gets them: without the clones, targets and intrinsics of x86-64."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -50,15 +49,9 @@ def package(tmp_path_factory) -> Path:
     """A copy of the package and its tests whose compiled ops have no code of x86-64's own."""
     copy = checkout.copy_to(tmp_path_factory.mktemp("portable") / "source")
     flags = {"CFLAGS": "-DRLHF_KERNELS_PORTABLE", "CXXFLAGS": "-DRLHF_KERNELS_PORTABLE", "RLHF_KERNELS_CUDA": "0"}
-    done = run([sys.executable, "setup.py", "build_ext", "--inplace"], copy, **flags)
+    done = checkout.run([sys.executable, "setup.py", "build_ext", "--inplace"], copy, **flags)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return copy
-
-
-def run(command: list[str], directory: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RLHF_KERNELS_", "PYTEST_"))}
-    environment |= {"PYTHONPATH": str(directory), **variables}
-    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -75,5 +68,5 @@ def test_the_portable_ops_use_no_wide_registers(package):
 @pytest.mark.parametrize("file", TESTS)
 def test_the_portable_ops_pass_their_tests(package, file):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", f"tests/ops/{file}"]
-    done = run(command, package)
+    done = checkout.run(command, package)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 from gloo_processes import run_ranks
 from safetensors import safe_open
+from same_metrics import assert_same_metrics
 
 from rlhf_trainer import TrainConfig, core
 from rlhf_trainer.errors import UserError
@@ -27,7 +28,6 @@ CASES: dict[str, dict[str, Any]] = {
     "sft": {"lora_r": 0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 7, "weight_decay": 0.1},
     "inpo": {"num_generations": 3, "lora_r": 0, "rounds": 2, "fsdp_rollouts": "whole"},
 }  # fmt: skip
-LEFT_OUT = ("timing/", "memory/", "sampling/tokens_per_second", "rewards/accuracies")
 QUICK = ("hydra-ppo", "ppo")
 
 
@@ -70,12 +70,7 @@ def tensors(file: Path) -> dict[str, Any]:
 
 def assert_same_runs(folder: Path, other: Path) -> None:
     """Metrics, weights and optimiser states agree within float error, and the results have the same files."""
-    mine, theirs = (list(read_lines(place / "metrics.jsonl")) for place in (folder, other))
-    assert [row.keys() for row in mine] == [row.keys() for row in theirs]
-    for row, expected in zip(mine, theirs):
-        for name, value in expected.items():
-            if not name.startswith(LEFT_OUT):
-                assert row[name] == pytest.approx(value, abs=2e-5, rel=2e-5), name
+    assert_same_metrics(folder, other)
     files = [sorted(str(p.relative_to(place)) for p in place.rglob("*.safetensors")) for place in (folder, other)]
     assert files[0] == files[1]
     for name in files[0]:

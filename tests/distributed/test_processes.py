@@ -19,9 +19,8 @@ from rlhf_trainer.processes import ALONE, Processes, join, summed
 HERE = Path(__file__).parent
 sys.path += [str(HERE), str(HERE.parent / "trainer")]
 import tiny  # noqa: E402
+from same_metrics import assert_same_metrics  # noqa: E402
 
-# of the machine, not of the run; and the sign of a margin that is 0 but for rounding where a round of inpo begins
-LEFT_OUT = ("timing/", "memory/", "sampling/tokens_per_second", "rewards/accuracies")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 TIMEOUT_S = 540  # four processes on a busy machine of two cores
 
@@ -45,12 +44,7 @@ def trained(count, configs, folder):
 
 def assert_same_runs(folder, other):
     """Metrics and weights agree within float error."""
-    mine, theirs = (list(read_lines(place / "metrics.jsonl")) for place in (folder, other))
-    assert [row.keys() for row in mine] == [row.keys() for row in theirs]
-    for row, expected in zip(mine, theirs):
-        for name, value in expected.items():
-            if not name.startswith(LEFT_OUT):
-                assert row[name] == pytest.approx(value, abs=2e-5, rel=2e-5), name
+    assert_same_metrics(folder, other)
     step = checkpoint.steps(other)[-1]
     weights, expected = (load_file(p / f"checkpoint-{step}" / "model.safetensors") for p in (folder, other))
     assert weights.keys() == expected.keys()

@@ -13,6 +13,7 @@ from ops.head_cases import (
     EVERY_FIELD,
     F16,
     F32,
+    OPTIONS,
     Case,
     identify,
     pairwise,
@@ -32,17 +33,7 @@ FACTORS: dict[str, tuple] = {
     "rows": (1, 7, 33),
     "vocabulary": (123, 1031),
     "split": ("even", "uneven", "thin"),
-    "temperature": (1.0, 0.625, "per row"),
-    "softcap": (None, 20.0),
-    "logit_scale": (1.0, 0.75),
-    "ignored": ((), (0, 3, 5), "all"),
-    "grads": (("logprob",), DISTRIBUTION_FIELDS, EVERY_FIELD, ("k3", "entropy"), ("kl", "js")),
-    "upstream": ("signed", "first zero", "first absent"),
-    "train": (False, True),
-    "save": ("auto", "recompute", "grad_vector", "logits"),
-    "bias": (False, True),
-    "lora": (False, True),
-    "own_reference": (False, True),
+    **(OPTIONS | {"ignored": (*OPTIONS["ignored"], "all")}),
 }
 
 

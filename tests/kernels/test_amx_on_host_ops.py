@@ -2,13 +2,11 @@
 has AVX512-BF16 for the rest. The ops' own tests run on a copy of the package that is built so."""
 
 import ctypes
-import os
 import platform
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import checkout
 import cuda_host
 import pytest
 
@@ -30,26 +28,16 @@ def package(tmp_path_factory) -> Path:
     units.chosen_unit.restype = ctypes.c_int64
     if units.chosen_unit() == 0:
         pytest.skip("this machine has no AVX512-BF16")
-    copy = tmp_path_factory.mktemp("amx")
-    for name in ("rlhf_kernels", "csrc/cpu", "csrc/testing", "tests"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE", *(ROOT / "csrc").glob("*.*")):
-        shutil.copy(ROOT / file, copy / (ROOT / file).relative_to(ROOT))
+    copy = checkout.copy_to(tmp_path_factory.mktemp("amx") / "source")
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    done = run(build, copy, CFLAGS="-DRLHF_AMX_ON_HOST", CXXFLAGS="-DRLHF_AMX_ON_HOST", RLHF_KERNELS_CUDA="0")
+    done = checkout.run(build, copy, CFLAGS="-DRLHF_AMX_ON_HOST", CXXFLAGS="-DRLHF_AMX_ON_HOST", RLHF_KERNELS_CUDA="0")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return copy
 
 
-def run(command: list[str], directory: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RLHF_KERNELS_", "PYTEST_"))}
-    environment |= {"PYTHONPATH": str(directory), **variables}
-    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
-
-
 def test_the_copy_is_what_is_imported_and_has_the_amx_unit(package):
     script = "import torch, rlhf_kernels._C as c; print(c.__file__, torch.ops.rlhf_kernels.bf16_isa())"
-    found, isa = run([sys.executable, "-c", script], package).stdout.split()
+    found, isa = checkout.run([sys.executable, "-c", script], package).stdout.split()
     assert Path(found).is_relative_to(package)
     assert int(isa) == AMX
 
@@ -58,6 +46,6 @@ def test_the_copy_is_what_is_imported_and_has_the_amx_unit(package):
 @pytest.mark.parametrize("file", TESTS)
 def test_the_ops_are_right_on_the_amx_unit(package, file, threads):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"tests/ops/{file}", "-k", "not both_units"]
-    done = run(command, package, OMP_NUM_THREADS=str(threads))
+    done = checkout.run(command, package, OMP_NUM_THREADS=str(threads))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "skipped" not in done.stdout, done.stdout[-3000:]

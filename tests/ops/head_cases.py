@@ -22,6 +22,20 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ALL_DIVERGENCES = ("kl", "rkl", "js", "k1", "k2", "k3")
 DISTRIBUTION_FIELDS = ("logprob", "lse", "entropy", "kl", "rkl", "js")
 EVERY_FIELD = (*DISTRIBUTION_FIELDS, "k1", "k2", "k3")
+# Arguments' values, of which the test matrices try every pair.
+OPTIONS: dict[str, tuple] = {
+    "temperature": (1.0, 0.625, "per row"),
+    "softcap": (None, 20.0),
+    "logit_scale": (1.0, 0.75),
+    "ignored": ((), (0, 3, 5)),
+    "grads": (("logprob",), DISTRIBUTION_FIELDS, EVERY_FIELD, ("k3", "entropy"), ("kl", "js")),
+    "upstream": ("signed", "first zero", "first absent"),
+    "train": (False, True),
+    "save": ("auto", "recompute", "grad_vector", "logits"),
+    "bias": (False, True),
+    "lora": (False, True),
+    "own_reference": (False, True),
+}
 NORM_BOUND = {F32: 1e-5, BF16: 1e-2, F16: 2e-3}
 POOLED_ROWS = 64
 ORDERS = 3  # of summation, beside the first, for the plain formula's values

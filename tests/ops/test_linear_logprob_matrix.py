@@ -1,7 +1,7 @@
 """linear_logprob over the test matrix: every pair of two factors' values meets the error rule of `head_cases`."""
 
 import pytest
-from head_cases import BF16, DISTRIBUTION_FIELDS, EVERY_FIELD, F16, F32, as_exact_as_plain, identify, pairwise
+from head_cases import BF16, DISTRIBUTION_FIELDS, F16, F32, OPTIONS, as_exact_as_plain, identify, pairwise
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -12,17 +12,7 @@ FACTORS = {
     "p_y": (None, 1e-9, 0.5, 0.9998, 1),
     "kl": (1e-7, 1e-4, 1e-2, 1.0, 10.0),
     "shift": (0.0, -60.0),
-    "temperature": (1.0, 0.625, "per row"),
-    "softcap": (None, 20.0),
-    "logit_scale": (1.0, 0.75),
-    "ignored": ((), (0, 3, 5)),
-    "grads": (("logprob",), DISTRIBUTION_FIELDS, EVERY_FIELD, ("k3", "entropy"), ("kl", "js")),
-    "upstream": ("signed", "first zero", "first absent"),
-    "train": (False, True),
-    "save": ("auto", "recompute", "grad_vector", "logits"),
-    "bias": (False, True),
-    "lora": (False, True),
-    "own_reference": (False, True),
+    **OPTIONS,
 }
 QUICK = {"vocabulary": (123, 5003), "rows": (1, 7, 128), **FACTORS}
 WHOLE = {"vocabulary": (123, 5003, 32000, 50257, 128256, 151936), "rows": (1, 7, 128, 1937), **FACTORS}
