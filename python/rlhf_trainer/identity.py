@@ -25,7 +25,7 @@ def check_checkpoint(found: Checkpoint, policy: Policy, optimizer: Optimizer) ->
         raise UserError(f"{where} is of another model or other adapters: {has} has {name!r} and {lacks} does not")
     _check_shapes(where, found.model, policy.kept)
     _check_shapes(f"{where}'s optimiser state", *_moments(found.optimizer, optimizer))
-    if found.state.get("frozen", policy.frozen) != policy.frozen:
+    if found.state["frozen"] != policy.frozen:
         raise UserError(
             f"{where} is of a run on other frozen weights than those that were loaded now: the model's directory, or "
             "its reward model's, has changed since"

@@ -104,7 +104,7 @@ class Online:
     def load_state(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
         self.kl.value = float(state["kl_coef"])
-        self.row_state = dict(state.get("row", {}))  # runs of earlier versions kept none
+        self.row_state = dict(state["row"])
 
     def _shape(self, rollout: Rollout, greedy: Rollout | None, prompts: int) -> None:
         """From raw scores to rewards and advantages, all left in the rollout."""

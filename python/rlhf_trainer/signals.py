@@ -22,8 +22,6 @@ ECHO_S = 0.5  # a signal this soon after the first is the same wish, sent twice
 class Interrupted(KeyboardInterrupt):
     """SIGINT, after a checkpoint was saved."""
 
-    code = 128 + signal.SIGINT
-
 
 class Terminated(SystemExit):
     """SIGTERM, after a checkpoint was saved. Where nobody catches it, the process ends with its code."""
